@@ -1,0 +1,51 @@
+# Every target does its own set-up: a bare machine needs Python >= 3.11 and make, nothing else.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: help serve test check format lint types contracts lock clean
+
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "dynamollm needs Python >= 3.11; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+	  || { echo "cannot create $(VENV): install your system's venv package (Debian: python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+serve: $(STAMP)  ## Serve the OpenAI-compatible endpoint over an emulated cluster (ARGS="--port 9000")
+	@exec $(BIN)/dynamollm serve $(ARGS)
+
+test: $(STAMP)  ## Run the tests (ARGS="-k router")
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types contracts test  ## Format, lint, types, import contracts and tests: what CI runs
+
+format: $(STAMP)  ## Rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(STAMP)  ## Check format and lint rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)  ## Check types with mypy --strict
+	$(BIN)/mypy
+
+contracts: $(STAMP)  ## Check that imports go downward only
+	$(BIN)/lint-imports
+
+lock: $(STAMP)  ## Resolve the dependencies anew into requirements.lock
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+	  --upgrade --no-header --no-annotate --no-emit-index-url --quiet -o requirements.lock
+
+clean:  ## Remove what the targets made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

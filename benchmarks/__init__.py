@@ -1,0 +1,1 @@
+"""Experiments: trace replay, gateway overhead, solver scaling, the paper's table; their plots and results."""

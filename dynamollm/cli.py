@@ -1,0 +1,61 @@
+"""The ``dynamollm`` command: a table of subcommands, each imported only when it is called.
+
+Holds no logic: a subcommand lives in ``dynamollm/commands/<name>.py`` as a click command named ``command``.
+"""
+
+import importlib
+import sys
+from importlib.metadata import version
+
+import click
+
+from dynamollm.errors import UserError
+
+# name -> one-line help; listed here so that `dynamollm --help` imports no subcommand
+COMMANDS: dict[str, str] = {
+    "serve": "Serve the OpenAI-compatible endpoint over a cluster.",
+    "config": "Show, check or describe the configuration.",
+    "replay": "Replay a request trace against an endpoint and report latency, SLOs and energy.",
+    "simulate": "Run policies over a trace in virtual time and compare energy, cost and SLOs.",
+    "profile": "Fit, show, compare and check energy-performance profiles.",
+    "emulate": "Run emulated vLLM instances (what `serve` starts without GPUs).",
+    "doctor": "Check this machine, the configuration and a running gateway.",
+}
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a subcommand's module when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one subcommand; None if there is no such name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"dynamollm.commands.{cmd_name}")
+        command = module.command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"dynamollm.commands.{cmd_name}.command is not a click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the table without importing anything."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("dynamollm"), prog_name="dynamollm")
+def group() -> None:
+    """Serve LLMs within latency SLOs at the least energy, money and CO2."""
+
+
+def main() -> None:
+    """Run the command line; a ``UserError`` becomes one clear message and exit status 2."""
+    try:
+        group()
+    except UserError as error:
+        click.echo(f"dynamollm: {error}", err=True)
+        sys.exit(2)
