@@ -1,0 +1,1 @@
+"""What the front door reads and writes: files, environment, processes, clocks."""

@@ -1,0 +1,217 @@
+"""Settings: everything an operator can set, one frozen dataclass tree, one YAML file.
+
+Every value has a unit in its key and a default with its reason. Whatever is not a key here cannot be configured;
+an unknown key, a wrong type or a wrong unit is refused at start (``dynamollm/validation.py``), and so is a tree that
+contradicts itself (``check`` below). Reads nothing: files and environment are ``dynamollm/adapters/configuration.py``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from pools.classes import REQUEST_CLASSES, ClassCuts, RequestClass
+
+Name = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$")]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+LatencySeconds = Annotated[float, Field(gt=0, le=60)]
+Clock = Annotated[int, Field(ge=100, le=5000)]
+TensorParallel = Literal[1, 2, 4, 8]
+ClassName = Literal["SS", "SM", "SL", "MS", "MM", "ML", "LS", "LM", "LL"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Where the gateway listens and how it stops."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    shutdown_grace_s: Seconds = 30.0  # streams still open then get an error event
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """One served model: its name to clients, what it costs, how its prompts are counted."""
+
+    name: Name
+    profile: str  # a shipped profile's name or a path
+    tokenizer_file: str | None = None  # a Hugging Face tokenizer.json; without it, tokens are estimated
+    chat_template_file: str | None = None
+    max_model_len: Annotated[int, Field(ge=1)] = 131_072
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """A kind of node: ``count`` machines of ``gpus`` GPUs each, linked by NVLink inside."""
+
+    name: Name
+    gpu: Name = "H100-SXM"
+    gpus: Annotated[int, Field(ge=1, le=16)] = 8
+    count: Annotated[int, Field(ge=1, le=100_000)] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """A pool: like instances kept for the requests of some classes."""
+
+    name: Name
+    model: Name
+    classes: tuple[ClassName, ...]
+    tp: TensorParallel
+    instances: Annotated[int, Field(ge=0, le=100_000)] = 1
+    sm_clock_mhz: Clock | None = None  # None: the profile's maximum
+
+
+@dataclass(frozen=True, slots=True)
+class SloSettings:
+    """Latency promised at P99 (the paper's table) and where the classes part."""
+
+    ttft_s: tuple[LatencySeconds, LatencySeconds, LatencySeconds] = (0.25, 0.4, 2.0)  # short, medium, long input
+    tbt_s: LatencySeconds = 0.1
+    cuts: ClassCuts = field(default_factory=ClassCuts)
+
+
+@dataclass(frozen=True, slots=True)
+class DriverSettings:
+    """What starts instances. ``emulator`` needs no GPU; ``attach`` routes to servers somebody else started."""
+
+    kind: Literal["emulator", "attach"] = "emulator"
+    startup_s: Annotated[float, Field(ge=0, le=3600)] = 2.0  # emulator: time an instance takes to load its weights
+    processes: Annotated[int, Field(ge=1, le=64)] = 1  # emulator: processes that share the instances
+    urls: dict[str, tuple[str, ...]] = field(default_factory=dict)  # attach: pool name -> base URLs
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveSettings:
+    """A priority class clients may name; below 0 it may be shed under pressure."""
+
+    name: Name
+    priority: Annotated[int, Field(ge=-1000, le=1000)]
+
+
+@dataclass(frozen=True, slots=True)
+class AuthSettings:
+    """Who may call. No keys: everybody (the default binds to loopback only)."""
+
+    api_keys: tuple[str, ...] = ()
+    api_keys_file: str | None = None  # one key a line, '#' comments
+
+
+@dataclass(frozen=True, slots=True)
+class LimitSettings:
+    """Bounds that keep one client or one burst from hurting the rest."""
+
+    body_bytes: Annotated[int, Field(ge=1024, le=2**31)] = 32 * 2**20
+    queue_requests: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
+    queue_ttl_s: Seconds = 30.0  # a request waits at most this long for an instance
+    request_deadline_s: Seconds = 3600.0  # accepted to last byte
+    first_byte_deadline_s: Seconds = 300.0  # accepted to first byte, retry included
+    header_timeout_s: Seconds = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The whole configuration."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    models: tuple[ModelSettings, ...]
+    nodes: tuple[NodeSettings, ...]
+    pools: tuple[PoolSettings, ...]
+    server: ServerSettings = field(default_factory=ServerSettings)
+    slo: SloSettings = field(default_factory=SloSettings)
+    driver: DriverSettings = field(default_factory=DriverSettings)
+    objectives: tuple[ObjectiveSettings, ...] = ()
+    auth: AuthSettings = field(default_factory=AuthSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+
+
+def pool_classes(pool: PoolSettings) -> tuple[RequestClass, ...]:
+    """The classes a pool is kept for."""
+    return tuple(RequestClass[name] for name in pool.classes)
+
+
+def check(settings: Settings) -> list[str]:
+    """Say where a tree of valid values contradicts itself; each problem with the path of its key."""
+    return [*_check_names(settings), *_check_pools(settings), *_check_slo(settings.slo), *_check_driver(settings)]
+
+
+def _check_names(settings: Settings) -> list[str]:
+    names = {
+        "models": [model.name for model in settings.models],
+        "nodes": [node.name for node in settings.nodes],
+        "pools": [pool.name for pool in settings.pools],
+        "objectives": [objective.name for objective in settings.objectives],
+    }
+    problems = []
+    for group, group_names in names.items():
+        for index, name in enumerate(group_names):
+            if (first := group_names.index(name)) < index:
+                problems.append(f"{group}[{index}].name: {name!r} is already {group}[{first}]")
+    problems += [f"{group}: at least one is needed" for group in ("models", "nodes", "pools") if not names[group]]
+    return problems
+
+
+def _check_pools(settings: Settings) -> list[str]:
+    problems = []
+    models = {model.name for model in settings.models}
+    for index, pool in enumerate(settings.pools):
+        if pool.model not in models:
+            problems.append(f"pools[{index}].model: {pool.model!r} is not among models: {', '.join(sorted(models))}")
+        if not pool.classes:
+            problems.append(
+                f"pools[{index}].classes: name at least one of {', '.join(c.name for c in REQUEST_CLASSES)}"
+            )
+    if settings.driver.kind == "emulator":
+        problems += _check_gpus(settings)
+    for model in settings.models:
+        served = {c for pool in settings.pools if pool.model == model.name for c in pool_classes(pool)}
+        if served and RequestClass.LL not in served:
+            problems.append(
+                f"pools: no pool of model {model.name!r} holds class LL, so its longest requests have no home"
+            )
+    return problems
+
+
+def _check_gpus(settings: Settings) -> list[str]:
+    """First fit by falling TP: instances of TP k stand inside one node."""
+    free = [node.gpus for node in settings.nodes for _ in range(node.count)]
+    wanted = sorted((pool.tp for pool in settings.pools for _ in range(pool.instances)), reverse=True)
+    for tp in wanted:
+        place = next((index for index, gpus in enumerate(free) if gpus >= tp), None)
+        if place is None:
+            total = sum(node.gpus * node.count for node in settings.nodes)
+            return [
+                f"pools: the instances need {sum(wanted)} GPUs (TP {wanted[0]}..{wanted[-1]}, each inside one node), "
+                f"nodes have {total}"
+            ]
+        free[place] -= tp
+    return []
+
+
+def _check_slo(slo: SloSettings) -> list[str]:
+    problems = []
+    for key, cuts in (("input_tokens", slo.cuts.input_tokens), ("output_tokens", slo.cuts.output_tokens)):
+        if not 0 < cuts[0] < cuts[1]:
+            problems.append(f"slo.cuts.{key}: the two cuts must rise and be positive; found {list(cuts)}")
+    if list(slo.ttft_s) != sorted(slo.ttft_s):
+        problems.append(f"slo.ttft_s: a longer input cannot have the tighter TTFT; found {list(slo.ttft_s)}")
+    return problems
+
+
+def _check_driver(settings: Settings) -> list[str]:
+    if settings.driver.kind != "attach":
+        return ["driver.urls: only the attach driver takes URLs"] if settings.driver.urls else []
+    pools = {pool.name for pool in settings.pools}
+    problems = [f"driver.urls.{name}: no such pool" for name in settings.driver.urls if name not in pools]
+    for name, urls in settings.driver.urls.items():
+        problems += [
+            f"driver.urls.{name}[{index}]: must begin with http://; found {url!r}"
+            for index, url in enumerate(urls)
+            if not url.startswith("http://")
+        ]
+    if not any(settings.driver.urls.values()):
+        problems.append("driver.urls: the attach driver needs at least one URL")
+    return problems
