@@ -28,14 +28,16 @@ class StepCoefficients(NamedTuple):
     """
 
     overhead_s: float  # host and launch time of a step; does not move with the clock
+    host_s_per_seq: float  # host time of one decoding sequence (sampling, bookkeeping); does not move with the clock
     compute_s_per_token: float  # dense matrix work of one token (prefill or decode) in the batch
     attention_s_per_token2: float  # prefill attention: per (new token x token it attends to)
     weights_s: float  # streaming the weights through the memory system once
     kv_s_per_token: float  # reading the KV cache of one context token of a decoding sequence
     communication_s: float  # tensor-parallel all-reduce latency of a step; 0 at TP1
-    communication_s_per_token: float  # tensor-parallel all-reduce bandwidth term
+    communication_s_per_token: float  # tensor-parallel all-reduce bandwidth, per token of the batch
     sharpness: float  # exponent p of the smooth maximum of compute and memory time, >= 1
     idle_w: float  # loaded and idle at this clock
+    active_w: float  # added while kernels run, whatever they do: ungated clocks, spinning all-reduces
     compute_w: float  # added at full arithmetic activity at this clock
     memory_w: float  # added at full memory-bandwidth use
     max_w: float  # board power limit
@@ -51,14 +53,16 @@ def step_time_s(
     """Duration of one engine step, in seconds.
 
     ``prefill_tokens`` new prompt tokens and ``decode_seqs`` single tokens are in the batch;
-    ``prefill_attention_tokens2`` is the sum over prompt chunks of new tokens x tokens attended to;
+    ``prefill_attention_tokens2`` is the sum over prompt chunks of new tokens x mean tokens attended to, for n new
+    tokens behind p cached ones n * (p + n / 2);
     ``context_tokens`` is the KV read by the decoding sequences.
     """
     tokens = prefill_tokens + decode_seqs
     compute_s = c.compute_s_per_token * tokens + c.attention_s_per_token2 * prefill_attention_tokens2
     memory_s = c.weights_s + c.kv_s_per_token * context_tokens
     roofline_s: float = (compute_s**c.sharpness + memory_s**c.sharpness) ** (1.0 / c.sharpness)
-    return c.overhead_s + roofline_s + c.communication_s + c.communication_s_per_token * tokens
+    host_s = c.overhead_s + c.host_s_per_seq * decode_seqs
+    return host_s + roofline_s + c.communication_s + c.communication_s_per_token * tokens
 
 
 def step_power_w(
@@ -73,7 +77,8 @@ def step_power_w(
     compute_s = c.compute_s_per_token * tokens + c.attention_s_per_token2 * prefill_attention_tokens2
     memory_s = c.weights_s + c.kv_s_per_token * context_tokens
     duration_s = step_time_s(c, prefill_tokens, prefill_attention_tokens2, decode_seqs, context_tokens)
-    power_w = c.idle_w + (c.compute_w * compute_s + c.memory_w * memory_s) / duration_s
+    kernels_s = duration_s - c.overhead_s - c.host_s_per_seq * decode_seqs
+    power_w = c.idle_w + (c.active_w * kernels_s + c.compute_w * compute_s + c.memory_w * memory_s) / duration_s
     # min() of two floats, spelled so that arrays and compiled code take it too
     over_w = power_w - c.max_w
     return power_w - over_w * (over_w > 0)

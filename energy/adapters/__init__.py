@@ -1,0 +1,1 @@
+"""What of energy/ reads and writes files or talks to devices."""
