@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from pools.classes import REQUEST_CLASSES, ClassCuts, RequestClass
+from pools.classes import ClassCuts, RequestClass
 
 Name = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -53,11 +53,11 @@ class NodeSettings:
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """A pool: like instances kept for the requests of some classes."""
+    """A pool: like instances kept for one class of requests, and for those it dominates that have no pool of their own."""
 
     name: Name
     model: Name
-    classes: tuple[ClassName, ...]
+    request_class: ClassName
     tp: TensorParallel
     instances: Annotated[int, Field(ge=0, le=100_000)] = 1
     sm_clock_mhz: Clock | None = None  # None: the profile's maximum
@@ -128,11 +128,6 @@ class Settings:
     limits: LimitSettings = field(default_factory=LimitSettings)
 
 
-def pool_classes(pool: PoolSettings) -> tuple[RequestClass, ...]:
-    """The classes a pool is kept for."""
-    return tuple(RequestClass[name] for name in pool.classes)
-
-
 def check(settings: Settings) -> list[str]:
     """Say where a tree of valid values contradicts itself; each problem with the path of its key."""
     return [*_check_names(settings), *_check_pools(settings), *_check_slo(settings.slo), *_check_driver(settings)]
@@ -167,10 +162,10 @@ def _check_pools(settings: Settings) -> list[str]:
     if settings.driver.kind == "emulator":
         problems += _check_gpus(settings)
     for model in settings.models:
-        served = {c for pool in settings.pools if pool.model == model.name for c in pool_classes(pool)}
+        served = [RequestClass[pool.request_class] for pool in settings.pools if pool.model == model.name]
         if served and RequestClass.LL not in served:
             problems.append(
-                f"pools: no pool of model {model.name!r} holds class LL, so its longest requests have no home"
+                f"pools: no pool of model {model.name!r} is kept for LL, so its longest requests have no home"
             )
     return problems
 

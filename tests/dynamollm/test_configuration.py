@@ -17,7 +17,7 @@ from dynamollm.validation import ConfigurationError, convert_unit, path_of
 SMALL = {
     "models": [{"name": "m", "profile": "llama-3.1-70b-fp8-h100"}],
     "nodes": [{"name": "n", "gpus": 8}],
-    "pools": [{"name": "all", "model": "m", "classes": ["LL"], "tp": 8}],
+    "pools": [{"name": "all", "model": "m", "request_class": "LL", "tp": 8}],
 }
 
 
@@ -70,13 +70,19 @@ def test_show_never_prints_a_key(tmp_path):
         ({"slo": {"cuts": {"input_tokens": [1024, 256]}}}, "slo.cuts.input_tokens: the two cuts must rise"),
         ({"slo": {"cuts": {"inputs": 1}}}, "slo.cuts.inputs: unknown key; did you mean input_tokens?"),
         ({"models": []}, "models: at least one is needed"),
-        ({"pools": [{"name": "p", "model": "m", "classes": ["LL"], "tp": 3}]}, "pools[0].tp: input should be 1, 2, 4"),
-        ({"pools": [{"name": "p", "model": "x", "classes": ["LL"], "tp": 8}]}, "pools[0].model: 'x' is not among"),
-        ({"pools": [{"name": "p", "model": "m", "classes": ["LX"], "tp": 8}]}, "pools[0].classes[0]: input should be"),
-        ({"pools": [{"name": "p", "model": "m", "classes": ["SS"], "tp": 8}]}, "holds class LL"),
-        ({"pools": [{"name": "p", "model": "m", "tp": 8}]}, "pools[0].classes: is required and not given"),
         (
-            {"pools": [{"name": "p", "model": "m", "classes": ["LL"], "tp": 8, "instances": 2}]},
+            {"pools": [{"name": "p", "model": "m", "request_class": "LL", "tp": 3}]},
+            "pools[0].tp: input should be 1, 2, 4",
+        ),
+        ({"pools": [{"name": "p", "model": "x", "request_class": "LL", "tp": 8}]}, "pools[0].model: 'x' is not among"),
+        (
+            {"pools": [{"name": "p", "model": "m", "request_class": "LX", "tp": 8}]},
+            "pools[0].request_class: input should be",
+        ),
+        ({"pools": [{"name": "p", "model": "m", "request_class": "SS", "tp": 8}]}, "is kept for LL"),
+        ({"pools": [{"name": "p", "model": "m", "tp": 8}]}, "pools[0].request_class: is required and not given"),
+        (
+            {"pools": [{"name": "p", "model": "m", "request_class": "LL", "tp": 8, "instances": 2}]},
             "pools: the instances need 16 GPUs (TP 8..8, each inside one node), nodes have 8",
         ),
         ({"nodes": [{"name": "n"}, {"name": "n"}]}, "nodes[1].name: 'n' is already nodes[0]"),
@@ -96,7 +102,7 @@ def test_every_problem_is_named_at_once(tmp_path):
 
 
 def test_instances_do_not_span_nodes(tmp_path):
-    pools = [{"name": "a", "model": "m", "classes": ["LL"], "tp": 8}]
+    pools = [{"name": "a", "model": "m", "request_class": "LL", "tp": 8}]
     nodes = [{"name": "n", "gpus": 4, "count": 4}]
     assert "each inside one node" in problems(tmp_path, {**SMALL, "pools": pools, "nodes": nodes})[0]
 
