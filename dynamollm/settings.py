@@ -53,7 +53,7 @@ class NodeSettings:
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """A pool: like instances kept for one class of requests, and for those it dominates that have no pool of their own."""
+    """A pool: like instances kept for one class, and for those it dominates that have no pool of their own."""
 
     name: Name
     model: Name
@@ -155,10 +155,6 @@ def _check_pools(settings: Settings) -> list[str]:
     for index, pool in enumerate(settings.pools):
         if pool.model not in models:
             problems.append(f"pools[{index}].model: {pool.model!r} is not among models: {', '.join(sorted(models))}")
-        if not pool.classes:
-            problems.append(
-                f"pools[{index}].classes: name at least one of {', '.join(c.name for c in REQUEST_CLASSES)}"
-            )
     if settings.driver.kind == "emulator":
         problems += _check_gpus(settings)
     for model in settings.models:
