@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from energy.profile import StepCoefficients
 from pools.classes import RequestClass
@@ -48,7 +47,7 @@ class ClusterView:
     as_of_s: float
     pools: tuple[PoolView, ...]
     instances: tuple[InstanceView, ...]
-    shares: Mapping[tuple[str, RequestClass], tuple[tuple[str, float], ...]] = MappingProxyType({})
+    shares: Mapping[tuple[str, RequestClass], tuple[tuple[str, float], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
