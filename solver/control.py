@@ -52,8 +52,8 @@ class InstanceViews:
     """What is known of every instance that holds GPUs (STOPPED ones may be left out)."""
 
     ids: tuple[str, ...]  # (I,) stable order is welcome, not required
-    pool: IntArray  # (I,) index into ClusterView.pools
-    node: IntArray  # (I,) index into ClusterView.node_names: where its (first) GPU is
+    pool: IntArray  # (I,) index into ClusterState.pools
+    node: IntArray  # (I,) index into ClusterState.node_names: where its (first) GPU is
     tp: IntArray  # (I,)
     state: IntArray  # (I,) index into INSTANCE_STATES
     sm_clock_mhz: IntArray  # (I,)
@@ -71,7 +71,7 @@ class InstanceViews:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ClusterView:
+class ClusterState:
     """The cluster at one moment, immutable."""
 
     at_s: float
@@ -82,7 +82,7 @@ class ClusterView:
     instances: InstanceViews
 
     def age_s(self, now_s: float) -> float:
-        """How old this view is."""
+        """How old this state is."""
         return now_s - self.at_s
 
 
@@ -102,7 +102,7 @@ class Observation:
     """All a controller is shown at a tick."""
 
     now_s: float
-    view: ClusterView
+    cluster: ClusterState
     demand: Demand
 
 
