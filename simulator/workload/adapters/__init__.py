@@ -1,0 +1,1 @@
+"""What reads trace files. The formats and their sources are listed in ``catalogue``."""
