@@ -40,6 +40,7 @@ class Step:
     decode_seqs: int
     context_tokens: int
     preempted: tuple[int, ...]  # request ids thrown back to the queue to make room
+    admitted: tuple[int, ...]  # request ids that joined the batch, for the first time or again
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ class Engine:
         s = self._state
         if s.running_count[0] == 0 and s.waiting_count[0] == 0:
             return None
+        running_before = s.running_count[0]
         batch = schedule(s, 0, self.limits)
         load = (
             batch.prefill_tokens,
@@ -164,6 +166,7 @@ class Engine:
             decode_seqs=batch.decode_seqs,
             context_tokens=batch.context_tokens,
             preempted=tuple(self._requests[slot] for slot in s.preempted[0][: batch.preempted]),
+            admitted=tuple(self._requests[slot] for slot in s.running[0][running_before : s.running_count[0]]),
         )
 
     def finish_step(self) -> StepResult:
