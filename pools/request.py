@@ -31,6 +31,7 @@ class RejectReason(Enum):
 
     SATURATED = "rejected-saturated"
     NO_ENDPOINTS = "rejected-no-endpoints"
+    UNKNOWN_MODEL = "rejected-unknown-model"
     TTL_EXPIRED = "rejected-ttl-expired"
     SHUTTING_DOWN = "rejected-shutting-down"
     EVICTED_QUEUE_PRESSURE = "evicted-queue-pressure"

@@ -39,8 +39,8 @@ class PoolView:
 class ClusterView:
     """Everything known at ``as_of_s``; ``version`` rises with every change.
 
-    ``shares`` says, where a plan does, how a model's class is spread: ``(model, class) -> ((pool, weight), ...)``. A class it
-    does not name goes to the pool kept for it, else to the nearest that dominates it.
+    ``shares`` says, where a plan does, how a model's class is spread: ``(model, class) -> ((pool, weight), ...)``. A
+    class it does not name goes to the pool kept for it, else to the nearest that dominates it.
     """
 
     version: int

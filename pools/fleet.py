@@ -1,0 +1,227 @@
+"""Fleet: the instances as columns of cost and load, and which of each pool may be given requests now.
+
+The router's memory of the cluster. It counts what this gateway has sent (first), what engines say of load from
+elsewhere (second), and knows which instances are ready, awake and not resting after failures. It decides nothing: see
+pools/router.py.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from energy.profile import StepCoefficients
+from pools import scoring
+from pools.instances import Instance, InstanceState
+from pools.outliers import EjectionLimits, Outliers
+from pools.request import Assigned, Request
+from pools.scoring import Costs, Load
+from pools.view import ClusterView, EngineLoad, InstanceView
+
+WINDOW = 32  # candidates looked at together; larger pools are looked at window by window, in turn
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A request sent to an instance and not finished; the lengths are those it was counted with."""
+
+    request: Request
+    instance_id: str
+    started: bool = False  # its first token has come
+
+
+@dataclass(slots=True, eq=False)
+class OpenPool:
+    """The instances of a pool that may be given requests, in the order of their index, cut into windows."""
+
+    name: str
+    windows: list[list[int]]
+    fastest: int = scoring.NONE  # the one that reads a prompt soonest when empty
+    turn: int = 0
+
+    def in_turn(self) -> list[list[int]]:
+        """The windows, starting with another one each time."""
+        windows = self.windows
+        if len(windows) <= 1:
+            return windows
+        self.turn = turn = (self.turn + 1) % len(windows)
+        return windows[turn:] + windows[:turn]
+
+
+@dataclass(slots=True, eq=False)
+class _Foreign:
+    """Requests on an instance that this gateway did not send: counted now, seen at the last scrape."""
+
+    counted: float = 0.0
+    context_tokens: float = 0.0
+    last: float = 0.0
+
+
+class Fleet:
+    """Cost, load and health of every instance of the view, by index."""
+
+    def __init__(self, ejection: EjectionLimits) -> None:
+        self.outliers = Outliers(ejection)
+        self.views: tuple[InstanceView, ...] = ()
+        self.index: dict[str, int] = {}
+        self.flights: dict[str, Flight] = {}
+        self.pools: dict[str, OpenPool] = {}
+        self.assigned: list[Assigned] = []  # one answer an instance, made once
+        self.costs = Costs(*([] for _ in Costs._fields))
+        self.load = Load(*([] for _ in Load._fields))
+        self.lone_step_s: list[float] = []
+        self.open_pool: list[str] = []  # the pool it may serve in now, or nothing
+        self._steps: list[StepCoefficients] = []
+        self._max_seqs: list[float] = []  # the column of costs, to write on
+        self._asleep: set[str] = set()
+        self._foreign: dict[str, _Foreign] = {}
+        self._promises: dict[str, dict[float, int]] = {}  # by instance: how many are owed each TBT
+
+    def update(self, view: ClusterView) -> None:
+        """Take over a new view; what is in flight on instances that stay is kept."""
+        index = {v.instance.id: i for i, v in enumerate(view.instances)}
+        if len(index) != len(view.instances):
+            raise ValueError(f"cluster view {view.version}: two instances have one id; give each its own")
+        empty = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, scoring.UNPROMISED_S)
+        before = {v.instance.id: row for v, row in zip(self.views, zip(*self.load, strict=True), strict=True)}
+        rows = [before.get(instance_id, empty) for instance_id in index]
+        self.load = Load(*([row[k] for row in rows] for k in range(len(empty))))
+        costs = [_cost_row(v) for v in view.instances]
+        self.costs = Costs(*([row[k] for row in costs] for k in range(len(Costs._fields))))
+        self._max_seqs = [float(v.limits.max_seqs) for v in view.instances]
+        self.costs = self.costs._replace(max_seqs=self._max_seqs)
+        self.views, self.index = view.instances, index
+        self.assigned = [Assigned(v.instance.id, v.instance.pool) for v in view.instances]
+        self._steps = [v.step for v in view.instances]
+        self.lone_step_s = [scoring.decode_step_s(c, 0.0, 0.0) for c in self._steps]
+        for i in range(len(rows)):
+            self._refresh(i)
+        self.outliers.keep(frozenset(index))
+        self._asleep &= index.keys()
+        for flight in self.flights.values():
+            if flight.instance_id not in index:
+                flight.instance_id = ""  # gone with its instance; should that come back, it comes back empty
+        self._foreign = {k: f for k, f in self._foreign.items() if k in index}
+        self._promises = {k: p for k, p in self._promises.items() if k in index}
+        self.pools = {p.name: OpenPool(p.name, []) for p in view.pools}
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Make the candidates of every pool anew: ready, awake, not resting after failures."""
+        members: dict[str, list[int]] = {name: [] for name in self.pools}
+        self.open_pool = [""] * len(self.views)
+        for i, v in enumerate(self.views):
+            instance = v.instance
+            if instance.pool in members and self._is_open(instance):
+                members[instance.pool].append(i)
+                self.open_pool[i] = instance.pool
+            self._max_seqs[i] = 1.0 if self.outliers.probing(instance.id) else float(v.limits.max_seqs)
+        for name, indices in members.items():
+            count = -(-len(indices) // WINDOW)
+            pool = self.pools[name]
+            pool.windows = [indices[k::count] for k in range(count)]
+            pool.fastest = min(indices, key=lambda i: self.costs.token_s[i], default=scoring.NONE)
+
+    def _is_open(self, instance: Instance) -> bool:
+        if instance.state is not InstanceState.READY or instance.id in self._asleep:
+            return False
+        return not self.outliers.ejected(instance.id)
+
+    def without(self, candidates: Iterable[int], exclude: frozenset[str]) -> list[int]:
+        """The candidates less those named."""
+        return [i for i in candidates if self.assigned[i].instance_id not in exclude]
+
+    def failed(self, instance_id: str, now_s: float) -> bool:
+        """Count a failure of an instance; True if it is ejected for it."""
+        i = self.index.get(instance_id)
+        if i is None:
+            return False
+        pool = self.views[i].instance.pool
+        ready = [
+            v.instance.id for v in self.views if v.instance.pool == pool and v.instance.state is InstanceState.READY
+        ]
+        resting = sum(self.outliers.ejected(r) for r in ready)
+        return self.outliers.failed(instance_id, now_s, len(ready), resting)
+
+    def observe(self, instance_id: str, seen: EngineLoad) -> bool:
+        """Take in a scrape: load that came from elsewhere, and whether it is awake. True if the candidates changed.
+
+        A scrape is older than our own counts: what it says above them counts only if two in a row say so.
+        """
+        i = self.index.get(instance_id)
+        if i is None:
+            return False
+        foreign = self._foreign.setdefault(instance_id, _Foreign())
+        own = self.load.in_flight[i] - foreign.counted
+        excess = max(seen.running + seen.waiting - own, 0.0)
+        self._count_foreign(i, foreign, min(excess, foreign.last))
+        foreign.last = excess
+        was_awake = instance_id not in self._asleep
+        if seen.awake == was_awake:
+            return False
+        (self._asleep.discard if seen.awake else self._asleep.add)(instance_id)
+        self.reopen()
+        return True
+
+    def _count_foreign(self, i: int, foreign: "_Foreign", requests: float) -> None:
+        """Let ``requests`` from elsewhere stand in the columns, with the mean context of our own."""
+        load = self.load
+        own = load.in_flight[i] - foreign.counted
+        mean_tokens = (load.context_tokens[i] - foreign.context_tokens) / own if own > 0.0 else 0.0
+        context_tokens = requests * mean_tokens
+        load.in_flight[i] += requests - foreign.counted
+        load.context_tokens[i] += context_tokens - foreign.context_tokens
+        foreign.counted, foreign.context_tokens = requests, context_tokens
+        self._refresh(i)
+
+    def sent(self, i: int, request: Request, now_s: float) -> Assigned:
+        """Count a request sent to instance ``i``."""
+        costs, load = self.costs, self.load
+        scoring.add(costs, load, i, now_s, request.input_tokens, request.output_tokens, request.slo.tbt_s)
+        self._refresh(i)
+        answer = self.assigned[i]
+        self._promise(answer.instance_id, request.slo.tbt_s)
+        self.flights[request.id] = Flight(request, answer.instance_id)
+        return answer
+
+    def started(self, flight: Flight, now_s: float) -> None:
+        """Count its first token."""
+        if flight.started:
+            return
+        flight.started = True
+        i = self.index.get(flight.instance_id)
+        if i is not None:
+            scoring.start(self.costs, self.load, i, now_s, flight.request.input_tokens)
+
+    def left(self, request_id: str, now_s: float) -> Flight | None:
+        """Forget a request; None if it was not in flight."""
+        flight = self.flights.pop(request_id, None)
+        if flight is None:
+            return None
+        self.started(flight, now_s)
+        i = self.index.get(flight.instance_id)
+        if i is not None:
+            request = flight.request
+            scoring.remove(self.load, i, request.input_tokens, request.output_tokens)
+            self._release_promise(i, flight.instance_id, request.slo.tbt_s)
+            self._refresh(i)
+        return flight
+
+    def _promise(self, instance_id: str, tbt_s: float) -> None:
+        promises = self._promises.setdefault(instance_id, {})
+        promises[tbt_s] = promises.get(tbt_s, 0) + 1
+
+    def _release_promise(self, i: int, instance_id: str, tbt_s: float) -> None:
+        promises = self._promises[instance_id]
+        promises[tbt_s] -= 1
+        if promises[tbt_s] == 0:
+            del promises[tbt_s]
+            self.load.tbt_limit_s[i] = min(promises, default=scoring.UNPROMISED_S)
+
+    def _refresh(self, i: int) -> None:
+        load = self.load
+        load.step_s[i] = scoring.decode_step_s(self._steps[i], load.in_flight[i], load.context_tokens[i])
+
+
+def _cost_row(v: InstanceView) -> tuple[float, ...]:
+    limits = v.limits
+    tp = v.instance.shape.tp
+    return scoring.cost_row(v.step, tp, limits.max_batched_tokens, limits.max_seqs, limits.kv_capacity_tokens)

@@ -1,0 +1,306 @@
+"""Router: which instance a request goes to, now, or that it waits, or that it is refused.
+
+The whole decision is ``Router.route``: known model? -> nobody waits for the same? -> own pool -> dominating pools ->
+(if its deadline is lost anyway: where it is least late) -> queue -> shed. Inside a pool it is filter -> score -> pick
+over live load, whose arithmetic and policy stand in pools/scoring.py; where a class may go stands in pools/routes.py;
+what waits in pools/queue.py; what is known of instances in pools/fleet.py.
+
+Synchronous and pure: told the time, it answers with values. It opens no socket, reads no clock, and never retries: the
+relay does that, once, by calling ``route`` again with ``exclude``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from pools import scoring
+from pools.fleet import Fleet, Flight, OpenPool
+from pools.outliers import EjectionLimits
+from pools.queue import QueueLimits, RequestQueue, Waiting
+from pools.request import Assigned, Decision, Queued, Rejected, RejectReason, Request
+from pools.routes import routes_of
+from pools.scoring import Weights
+from pools.traffic import Traffic
+from pools.view import ClusterView, EngineLoad
+
+NOBODY: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLimits:
+    """Everything about the router that can be configured."""
+
+    weights: Weights = field(default_factory=Weights)
+    queue: QueueLimits = field(default_factory=QueueLimits)
+    ejection: EjectionLimits = field(default_factory=EjectionLimits)
+    max_retry_after_s: float = 30.0
+    whole_pass_s: float = 0.05  # how often those waiting are offered every instance again
+
+
+class Path:
+    """A route with its pools at hand: ``first`` in proportion to ``weights`` (smooth round robin), then ``then``."""
+
+    __slots__ = ("all", "credits", "first", "names", "then", "weights")
+
+    def __init__(self, first: Sequence[OpenPool], weights: Sequence[float], then: Sequence[OpenPool]) -> None:
+        self.first = list(first)
+        self.then = list(then)
+        self.weights = list(weights)
+        self.credits = [0.0] * len(self.first)
+        self.all = self.first + self.then
+        self.names = frozenset(p.name for p in self.all)
+
+    def in_turn(self) -> list[OpenPool]:
+        """The pools in the order to try for one request."""
+        if len(self.first) <= 1:
+            return self.all
+        k = scoring.take_turn(self.weights, self.credits)
+        return [self.first[k], *self.first[:k], *self.first[k + 1 :], *self.then]
+
+
+class Router:
+    """Decides for one gateway process."""
+
+    def __init__(self, limits: RouterLimits | None = None) -> None:
+        self.limits = limits or RouterLimits()
+        self.fleet = Fleet(self.limits.ejection)
+        self.queue = RequestQueue(self.limits.queue)
+        self.traffic = Traffic()
+        self._paths: dict[str, list[Path]] = {}
+        self._view: ClusterView | None = None
+        self._refused: list[tuple[Request, Rejected]] = []  # since the last release
+        self._freed: set[int] = set()  # instances something has left since
+        self._whole_pass_s = 0.0
+        self._finish_gap_s = 0.0
+        self._finished_s = 0.0
+
+    # The decision -----------------------------------------------------------------------------------------------------
+
+    def route(self, request: Request, now_s: float, exclude: frozenset[str] = NOBODY) -> Decision:
+        """Decide where a request goes; it is counted there at once. ``exclude`` names instances it must not go to."""
+        paths = self._paths.get(request.model)
+        if paths is None:
+            return Rejected(RejectReason.UNKNOWN_MODEL, contended=False, retry_after_s=0.0)
+        if now_s >= self.fleet.outliers.next_probe_s:
+            self._probe(now_s)
+        if not exclude:  # a retry has been counted
+            self.traffic.arrived(request)
+        path = paths[request.request_class]
+        if not (self.queue.depth and self._others_first(request)):
+            i = self._find(path, request, now_s, exclude)
+            if i != scoring.NONE:
+                return self.fleet.sent(i, request, now_s)
+        return self._wait(path, request, now_s, exclude)
+
+    def _find(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
+        """The best instance with headroom, own pool before dominating ones; past hope, the one least late."""
+        fleet, (spread, margin) = self.fleet, self.limits.weights
+        costs, load = fleet.costs, fleet.load
+        input_tokens, output_tokens, slo = request.input_tokens, request.output_tokens, request.slo
+        budget_s = request.arrival_s + slo.ttft_s - now_s
+        for pool in path.in_turn():
+            for window in pool.in_turn():
+                candidates = fleet.without(window, exclude) if exclude else window
+                i = scoring.choose(
+                    candidates, costs, load, now_s, input_tokens, output_tokens, budget_s, slo.tbt_s, spread, margin
+                )
+                if i != scoring.NONE:
+                    return i
+        if self._hopeless(path, request, now_s):
+            return self._find_least_late(path, request, now_s, exclude)
+        return scoring.NONE
+
+    def _hopeless(self, path: Path, request: Request, now_s: float) -> bool:
+        """Whether even an empty instance would break its SLO: then waiting for one is no use."""
+        fleet, margin = self.fleet, self.limits.weights.margin
+        input_tokens, slo = request.input_tokens, request.slo
+        budget_s = margin * (request.deadline_s - now_s)
+        for pool in path.all:
+            i = pool.fastest
+            if i == scoring.NONE:
+                continue
+            costs, step_s = fleet.costs, fleet.lone_step_s[i]
+            per_token_s = costs.token_s[i] + step_s / costs.chunk_tokens[i] + 0.5 * costs.attention_s[i] * input_tokens
+            context_tokens = input_tokens + 0.5 * request.output_tokens
+            tbt_s = step_s + costs.seq_s[i] + costs.kv_s[i] * context_tokens
+            if step_s + input_tokens * per_token_s < budget_s and tbt_s < margin * slo.tbt_s:
+                return False
+        return True
+
+    def _find_least_late(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
+        fleet = self.fleet
+        candidates = [i for pool in path.all for window in pool.windows for i in fleet.without(window, exclude)]
+        return scoring.choose_least_late(
+            candidates, fleet.costs, fleet.load, now_s, request.input_tokens, request.output_tokens
+        )
+
+    # The queue --------------------------------------------------------------------------------------------------------
+
+    def _others_first(self, request: Request) -> bool:
+        """Whether one at least as urgent already waits for the same places."""
+        head = self.queue.head((request.model, request.request_class))
+        if head is None:
+            return False
+        other = head.request
+        return (-other.priority, other.deadline_s) <= (-request.priority, request.deadline_s)
+
+    def _wait(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> Decision:
+        """Let it wait; or refuse it, or one less important, where too many do."""
+        if not any(self.fleet.without(window, exclude) for pool in path.all for window in pool.windows):
+            return Rejected(RejectReason.NO_ENDPOINTS, contended=False, retry_after_s=self.retry_after_s)
+        queue = self.queue
+        if not queue.admits(request.priority):
+            shed = queue.shed_below(request.priority)
+            if shed is None:
+                return Rejected(RejectReason.SATURATED, contended=True, retry_after_s=self.retry_after_s)
+            self._refuse(shed, RejectReason.EVICTED_QUEUE_PRESSURE)
+        queue.push(request, now_s, exclude)
+        return Queued(queue.depth)
+
+    def _refuse(self, request: Request, reason: RejectReason) -> None:
+        self._refused.append((request, Rejected(reason, contended=True, retry_after_s=self.retry_after_s)))
+
+    @property
+    def next_release_s(self) -> float:
+        """When to call ``release`` at the latest; infinite while nothing waits. Call it also after any event below."""
+        if self._refused:
+            return 0.0
+        return min(self.queue.next_expiry_s, self._whole_pass_s) if self.queue.depth else float("inf")
+
+    def release(self, now_s: float) -> list[tuple[Request, Assigned | Rejected]]:
+        """Those that waited and now have an instance, and those that will not be served.
+
+        What was full stays full until something ends there: only instances where something did are offered; all of
+        them every ``whole_pass_s``, for clocks, plans and lost deadlines change what fits, too.
+        """
+        for request in self.queue.expired(now_s):
+            self._refuse(request, RejectReason.TTL_EXPIRED)
+        out: list[tuple[Request, Assigned | Rejected]] = list(self._refused)
+        self._refused.clear()
+        if self.queue.depth:
+            if now_s >= self.fleet.outliers.next_probe_s:
+                self._probe(now_s)
+            whole = now_s >= self._whole_pass_s
+            if whole:
+                self._whole_pass_s = now_s + self.limits.whole_pass_s
+            if whole or self._freed:
+                self._place_waiting(now_s, whole, out)
+            self._freed.clear()
+        return out
+
+    def _place_waiting(self, now_s: float, whole: bool, out: list[tuple[Request, Assigned | Rejected]]) -> None:
+        """Offer places to the heads of all lanes, the most urgent first; a lane whose head finds none is done."""
+        heads = self.queue.heads()
+        while heads:
+            rank = heappop(heads)
+            waiting = rank[-1]
+            i = self._place(waiting, now_s, whole)
+            if i == scoring.NONE:
+                continue
+            self.queue.take(waiting)
+            out.append((waiting.request, self.fleet.sent(i, waiting.request, now_s)))
+            following = self.queue.ranked_head(waiting.lane)
+            if following is not None:
+                heappush(heads, following)
+
+    def _place(self, waiting: Waiting, now_s: float, whole: bool) -> int:
+        request = waiting.request
+        path = self._paths[request.model][request.request_class]
+        if whole:
+            return self._find(path, request, now_s, waiting.exclude)
+        fleet, (spread, margin) = self.fleet, self.limits.weights
+        slo = request.slo
+        return scoring.choose(
+            [i for i in fleet.without(self._freed, waiting.exclude) if fleet.open_pool[i] in path.names],
+            fleet.costs,
+            fleet.load,
+            now_s,
+            request.input_tokens,
+            request.output_tokens,
+            request.deadline_s - now_s,
+            slo.tbt_s,
+            spread,
+            margin,
+        )
+
+    @property
+    def retry_after_s(self) -> float:
+        """When one refused now might find a place: those waiting, at the pace at which requests end; 1 s to a limit."""
+        return min(max((self.queue.depth + 1) * self._finish_gap_s, 1.0), self.limits.max_retry_after_s)
+
+    # What is told -----------------------------------------------------------------------------------------------------
+
+    def update(self, view: ClusterView, now_s: float) -> None:
+        """Take over a view of the cluster. A view older than the present one is ignored."""
+        if self._view is not None and view.version < self._view.version:
+            return
+        self._view = view
+        self._freed.clear()  # indices of the view before
+        self.fleet.update(view)
+        self._plan_paths()
+        known = self._paths
+        for waiting in self.queue.drop(lambda w: w.request.model not in known):
+            self._refuse(waiting.request, RejectReason.NO_ENDPOINTS)
+
+    def _plan_paths(self) -> None:
+        """Follow which pools can serve: after every change of view, health or sleep."""
+        if self._view is None:
+            return
+        pools = self.fleet.pools
+        served = frozenset(name for name, pool in pools.items() if pool.windows)
+        self._paths = {
+            model: [
+                Path([pools[n] for n in r.first if n in pools], r.weights, [pools[n] for n in r.then]) for r in routes
+            ]
+            for model, routes in routes_of(self._view, served).items()
+        }
+        self._whole_pass_s = 0.0
+
+    def observe(self, instance_id: str, seen: EngineLoad, now_s: float) -> None:
+        """Take in what an engine says of itself: load from elsewhere, asleep or awake."""
+        if self.fleet.observe(instance_id, seen):
+            self._plan_paths()
+
+    def on_first_token(self, request_id: str, now_s: float) -> None:
+        """Its first byte came: the instance works."""
+        flight = self.fleet.flights.get(request_id)
+        if flight is None or flight.started:
+            return
+        self.fleet.started(flight, now_s)
+        if self.fleet.outliers.succeeded(flight.instance_id):
+            self._reopen()
+
+    def on_finished(self, request_id: str, output_tokens: int, now_s: float) -> None:
+        """It ended well, with this many tokens."""
+        self.on_first_token(request_id, now_s)
+        flight = self._left(request_id, now_s)
+        if flight is not None:
+            self.traffic.finished(flight.request, output_tokens)
+        gap_s = min(now_s - self._finished_s, self.limits.max_retry_after_s)
+        self._finish_gap_s += 0.1 * (gap_s - self._finish_gap_s)
+        self._finished_s = now_s
+
+    def on_cancelled(self, request_id: str, now_s: float) -> None:
+        """The client has gone, whether it waited or ran."""
+        if not self.queue.cancel(request_id):
+            self._left(request_id, now_s)
+
+    def on_failed(self, request_id: str, instance_id: str, now_s: float) -> None:
+        """The instance failed it: refused, broke off, or answered with its own error (not the client's)."""
+        self._left(request_id, now_s)
+        if self.fleet.failed(instance_id, now_s):
+            self._reopen()
+
+    def _left(self, request_id: str, now_s: float) -> Flight | None:
+        flight = self.fleet.left(request_id, now_s)
+        if flight is not None and self.queue.depth and flight.instance_id in self.fleet.index:
+            self._freed.add(self.fleet.index[flight.instance_id])
+        return flight
+
+    def _probe(self, now_s: float) -> None:
+        if self.fleet.outliers.wake(now_s):
+            self._reopen()
+
+    def _reopen(self) -> None:
+        self.fleet.reopen()
+        self._plan_paths()
