@@ -1,0 +1,165 @@
+"""Admission: from a request's bytes to a ``Request`` the router understands, or the error that says why not.
+
+body -> fields -> model -> input tokens -> predicted output -> class -> SLO and priority. The body is forwarded as it
+came unless a field must change: vLLM's ``priority`` (an error there unless the engine orders by it), and the usage
+event of streams, which accounting needs and the client then does not see unless it asked.
+"""
+
+import hmac
+from dataclasses import dataclass
+from typing import Any
+
+from pools.classes import Slo
+from pools.request import Request
+from proxy import errors
+from proxy.fields import RequestFields, read_chat, read_completion, rewritten, stream_options_with_usage
+from proxy.services import GatewayServices
+from proxy.terms import Headers, Terms, read_headers
+
+CHAT_PATH = b"/v1/chat/completions"
+COMPLETION_PATH = b"/v1/completions"
+READERS = {CHAT_PATH: read_chat, COMPLETION_PATH: read_completion}
+"""The relayed paths, and what reads their bodies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request ready to be routed and sent."""
+
+    request: Request
+    fields: RequestFields
+    path: bytes
+    passed_lines: bytes  # headers that go on
+    body: bytes
+    usage_injected: bool  # the client did not ask for the usage event
+    tier: str | None  # service tier to tell the client
+    own_lines: bytes  # response headers known already
+
+    def message(self, authority: bytes) -> bytes:
+        """The whole HTTP request to an instance at ``authority``."""
+        return b"POST %b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
+            self.path,
+            authority,
+            self.passed_lines,
+            len(self.body),
+            self.body,
+        )
+
+
+class Admission:
+    """Admits requests; counts its ids."""
+
+    def __init__(self, services: GatewayServices) -> None:
+        self._services = services
+        self._settings = services.settings
+        self._keys = tuple(key.encode() for key in services.settings.api_keys)
+        engine_key = services.settings.engine_api_key
+        self._engine_key = b"authorization: Bearer %b\r\n" % engine_key.encode() if engine_key else b""
+        self._count = 0
+
+    def next_id(self) -> str:
+        """An id no other request of this process has."""
+        self._count += 1
+        return f"{self._settings.request_id_prefix}{self._count}"
+
+    def authorize(self, authorization: bytes | None) -> None:
+        """Raises ``ApiError`` 401 where keys are configured and this is none of them."""
+        if not self._keys:
+            return
+        scheme, _, key = (authorization or b"").partition(b" ")
+        known = [hmac.compare_digest(key.strip(), one) for one in self._keys]  # all of them: no early exit to time
+        if scheme.lower() != b"bearer" or not any(known):
+            raise errors.unauthorized()
+
+    def admit(self, path: bytes, headers: Headers, body: bytes, request_id: str, now_s: float) -> Admitted:
+        """What is to be routed; ``request_id`` is ours, the client may have its own. Raises ``ApiError``."""
+        terms, passed = read_headers(headers, self._settings.slo_bounds_s)
+        self.authorize(terms.authorization)
+        for control in terms.invalid:
+            self._services.metrics.invalid.add((control,))
+        fields = READERS[path](body)
+        request = self._request(fields, terms, request_id, now_s)
+        public_id = terms.request_id or request_id.encode()
+        body, usage_injected = self._forwarded(body, fields, request.priority)
+        id_line = b"x-request-id: %b\r\n" % public_id
+        if self._engine_key:
+            passed.append(self._engine_key)
+        elif terms.authorization is not None and not self._keys:
+            passed.append(b"authorization: %b\r\n" % terms.authorization)
+        passed.append(id_line)
+        return Admitted(
+            request,
+            fields,
+            path,
+            b"".join(passed),
+            body,
+            usage_injected,
+            self._tier(fields),
+            b"%bx-dynamollm-class: %b\r\n" % (id_line, request.request_class.name.encode()),
+        )
+
+    def _request(self, fields: RequestFields, terms: Terms, request_id: str, now_s: float) -> Request:
+        services, slos = self._services, self._settings.slos
+        model = self._model(fields.model)
+        input_tokens = fields.input_tokens
+        if input_tokens is None:
+            input_tokens = services.tokens.input_tokens(fields, model)
+        output_tokens = services.lengths.output_tokens(fields, model, input_tokens)
+        request_class = slos.cuts.classify(input_tokens, output_tokens)
+        slo = slos.slo(request_class, input_tokens)
+        if terms.ttft_s is not None or terms.tbt_s is not None:
+            slo = Slo(terms.ttft_s or slo.ttft_s, terms.tbt_s or slo.tbt_s)
+        return Request(
+            request_id,
+            model,
+            now_s,
+            input_tokens,
+            output_tokens,
+            request_class,
+            slo,
+            self._priority(fields, terms),
+            terms.tenant,
+        )
+
+    def _model(self, name: str | None) -> str:
+        models = self._services.directory.models()
+        if name in models:
+            return str(name)
+        if name is None and len(models) == 1:
+            return next(iter(models))
+        if name is None:
+            raise errors.bad_request("The request names no model and several are served", "body.model")
+        raise errors.model_not_found(name)
+
+    def _priority(self, fields: RequestFields, terms: Terms) -> int:
+        """Higher is more important: the objective's, else the tier's, else vLLM's field with its sign turned."""
+        settings = self._settings
+        if terms.objective is not None:
+            priority = settings.objectives.get(terms.objective)
+            if priority is not None:
+                return priority
+            self._services.metrics.invalid.add(("objective",))
+        if fields.service_tier not in (None, "auto"):
+            priority = settings.tier_priorities.get(str(fields.service_tier))
+            if priority is not None:
+                return priority
+            self._services.metrics.invalid.add(("service_tier",))
+        return -(fields.engine_priority or 0)
+
+    def _tier(self, fields: RequestFields) -> str | None:
+        """The tier used, where the client named one: ``auto`` and unknown ones are served as ``default``."""
+        if fields.service_tier is None:
+            return None
+        return fields.service_tier if fields.service_tier in self._settings.tier_priorities else "default"
+
+    def _forwarded(self, body: bytes, fields: RequestFields, priority: int) -> tuple[bytes, bool]:
+        changes: dict[str, Any] = {}
+        if self._settings.engine_orders_by_priority:
+            if priority or fields.engine_priority is not None:
+                changes["priority"] = -priority
+        elif fields.engine_priority is not None:
+            changes["priority"] = None
+        inject_usage = fields.stream and not fields.include_usage
+        if inject_usage:
+            changes["stream_options"] = stream_options_with_usage(body)
+        return (rewritten(body, changes) if changes else body), inject_usage

@@ -1,0 +1,222 @@
+"""RequestFields: the few body fields the gateway reads; every other one passes through unread.
+
+Decoding skips what is not named here, so text is measured (``len`` of its JSON) but never copied. Types are as lax as
+vLLM's: a number may come as a string. What is wrong here would be wrong there: 400, with the field's path.
+
+``rewritten`` changes top-level fields and leaves the bytes of all others as they came.
+"""
+
+import re
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from proxy.errors import bad_request
+
+_ABSENT = Raw(b"")
+_NULL = Raw(b"null")
+_Number = int | float | str | None
+_PATH = re.compile(r" - at `\$(.*)`$")
+_BOOLEANS = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+
+
+class _Message(msgspec.Struct):
+    content: Raw = _ABSENT
+    tool_calls: Raw = _ABSENT
+
+
+class _Part(msgspec.Struct):
+    text: Raw = _ABSENT
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class _AgentHints(msgspec.Struct):
+    osl: _Number = None
+
+
+class _NvExt(msgspec.Struct):
+    agent_hints: _AgentHints | None = None
+
+
+class _Body(msgspec.Struct):
+    model: str | None = None
+    stream: bool | int | str | None = None
+    max_tokens: _Number = None
+    max_completion_tokens: _Number = None
+    n: _Number = None
+    priority: _Number = None
+    service_tier: str | None = None
+    stream_options: _StreamOptions | None = None
+    nvext: Raw = _ABSENT
+    tools: Raw = _ABSENT
+    response_format: Raw = _ABSENT
+    chat_template_kwargs: Raw = _ABSENT
+    reasoning_effort: Raw = _ABSENT
+
+
+class _ChatBody(_Body):
+    messages: list[_Message] = []
+
+
+class _CompletionBody(_Body):
+    prompt: Raw = _ABSENT
+
+
+class RequestFields(msgspec.Struct, frozen=True):
+    """What the gateway knows of a body.
+
+    ``text_bytes`` is the length of all prompt text as JSON; ``input_tokens`` is known only where the prompt came as
+    token ids. ``prompts`` is how many prompts (or messages) there are.
+    """
+
+    chat: bool
+    model: str | None
+    stream: bool
+    include_usage: bool
+    text_bytes: int
+    input_tokens: int | None
+    prompts: int
+    cap_tokens: int | None  # max_tokens or max_completion_tokens
+    hint_tokens: int | None  # nvext.agent_hints.osl
+    choices: int  # n
+    tools: bool
+    structured: bool
+    thinking: bool
+    engine_priority: int | None  # vLLM's: lower is earlier
+    service_tier: str | None
+
+
+_chat = msgspec.json.Decoder(_ChatBody)
+_completion = msgspec.json.Decoder(_CompletionBody)
+_parts = msgspec.json.Decoder(list[_Part])
+_nvext = msgspec.json.Decoder(_NvExt)
+_prompts = msgspec.json.Decoder(list[Any])
+_members = msgspec.json.Decoder(dict[str, Raw])
+_encode = msgspec.json.Encoder().encode
+
+
+def read_chat(body: bytes) -> RequestFields:
+    """The fields of a chat completion request. Raises ``ApiError`` 400."""
+    fields = _decoded(_chat, body)
+    text_bytes = 0
+    for message in fields.messages:
+        content = message.content
+        if len(content) and bytes(memoryview(content)[:1]) == b"[":
+            text_bytes += _parts_bytes(content)
+        else:
+            text_bytes += len(content)
+        text_bytes += len(message.tool_calls)
+    return _fields(fields, chat=True, text_bytes=text_bytes, input_tokens=None, prompts=len(fields.messages))
+
+
+def read_completion(body: bytes) -> RequestFields:
+    """The fields of a text completion request. Raises ``ApiError`` 400."""
+    fields = _decoded(_completion, body)
+    prompt = fields.prompt
+    if bytes(memoryview(prompt)[:1]) != b"[":
+        return _fields(fields, chat=False, text_bytes=len(prompt), input_tokens=None, prompts=1)
+    items: list[Any] = _decoded(_prompts, prompt)
+    if items and isinstance(items[0], int):
+        return _fields(fields, chat=False, text_bytes=0, input_tokens=len(items), prompts=1)
+    if items and isinstance(items[0], list):
+        tokens = sum(len(item) for item in items if isinstance(item, list))
+        return _fields(fields, chat=False, text_bytes=0, input_tokens=tokens, prompts=len(items))
+    return _fields(fields, chat=False, text_bytes=len(prompt), input_tokens=None, prompts=max(1, len(items)))
+
+
+def rewritten(body: bytes, changes: dict[str, Any]) -> bytes:
+    """The body with top-level fields set, or taken out where the new value is None; all other bytes as they came."""
+    members = _members.decode(body)
+    for name, value in changes.items():
+        if value is None:
+            members.pop(name, None)
+        else:
+            members[name] = Raw(_encode(value))
+    return _encode(members)
+
+
+def stream_options_with_usage(body: bytes) -> dict[str, Any]:
+    """The body's stream options, asking for the usage event too."""
+    raw = _members.decode(body).get("stream_options", _NULL)
+    return {**(msgspec.json.decode(raw) or {}), "include_usage": True}
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], body: bytes | Raw) -> Any:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        path = _PATH.search(message)
+        if path is None:
+            raise bad_request(message, "body") from error
+        raise bad_request(_PATH.sub("", message), "body" + path[1]) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise bad_request(f"The body is not valid JSON: {error}", "body") from error
+
+
+def _fields(body: Any, *, chat: bool, text_bytes: int, input_tokens: int | None, prompts: int) -> RequestFields:
+    cap = body.max_completion_tokens
+    cap_name = "max_completion_tokens"
+    if cap is None:
+        cap, cap_name = body.max_tokens, "max_tokens"
+    options = body.stream_options
+    return RequestFields(
+        chat,
+        body.model,
+        body.stream if body.stream.__class__ is bool else _boolean(body.stream),
+        options is not None and options.include_usage is True,
+        text_bytes + len(body.tools),
+        input_tokens,
+        prompts,
+        _integer(cap, cap_name),
+        _hint(body.nvext) if len(body.nvext) else None,
+        max(1, _integer(body.n, "n") or 1),
+        len(body.tools) > 2,
+        len(body.response_format) > 2,
+        len(body.chat_template_kwargs) > 2 or len(body.reasoning_effort) > 2,
+        _integer(body.priority, "priority"),
+        body.service_tier,
+    )
+
+
+def _integer(value: float | str | None, name: str) -> int | None:
+    if value is None or value.__class__ is int:
+        return value
+    try:
+        number = float(value)
+        if number.is_integer():
+            return int(number)
+    except (ValueError, OverflowError):
+        pass
+    raise bad_request(f"Input should be a valid integer, got {value!r}", f"body.{name}")
+
+
+def _boolean(value: bool | int | str | None) -> bool:
+    if value is None:
+        return False
+    flag = _BOOLEANS.get(str(value).lower())
+    if flag is None:
+        raise bad_request(f"Input should be a valid boolean, got {value!r}", "body.stream")
+    return flag
+
+
+def _hint(nvext: Raw) -> int | None:
+    """A hint is advice: a bad one is no hint."""
+    try:
+        hints = (_nvext.decode(nvext) or _NvExt()).agent_hints
+        osl = None if hints is None or hints.osl is None else int(float(hints.osl))
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, OverflowError):
+        return None
+    return osl if osl is not None and osl >= 0 else None
+
+
+def _parts_bytes(content: Raw) -> int:
+    """Text of a content that came in parts; images and audio are no text."""
+    try:
+        return sum(len(part.text) for part in _parts.decode(content))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return len(content)

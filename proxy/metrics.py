@@ -1,0 +1,201 @@
+"""GatewayMetrics: counts and histograms kept in plain lists and dicts, handed to prometheus_client when scraped.
+
+Names and buckets: OpenTelemetry GenAI in its Prometheus spelling, finer below 100 ms where the SLOs are. The number of
+label sets is bounded: models and tenants beyond the limit are counted as ``other``.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from proxy.outcome import Outcome
+
+TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+TPOT_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+TBT_BUCKETS_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.075, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5, 1.0)
+DURATION_BUCKETS_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
+OTHER = "other"
+
+Labels = tuple[str, ...]
+
+
+class Counter:
+    """A family of counts by label values."""
+
+    def __init__(self, name: str, documentation: str, labels: Sequence[str], limit: int = 1000) -> None:
+        self.name = name
+        self._documentation = documentation
+        self._labels = tuple(labels)
+        self._limit = limit
+        self._counts: dict[Labels, float] = {}
+
+    def add(self, labels: Labels, amount: float = 1.0) -> None:
+        """Count ``amount`` more."""
+        counts = self._counts
+        if labels in counts:
+            counts[labels] += amount
+        elif len(counts) < self._limit:
+            counts[labels] = amount
+        else:
+            other = (OTHER,) * len(self._labels)
+            counts[other] = counts.get(other, 0.0) + amount
+
+    def value(self, labels: Labels) -> float:
+        """The count so far."""
+        return self._counts.get(labels, 0.0)
+
+    def collect(self) -> Metric:
+        """As Prometheus reads it."""
+        family = CounterMetricFamily(self.name, self._documentation, labels=self._labels)
+        for labels, count in self._counts.items():
+            family.add_metric(labels, count)
+        return family
+
+
+class Histogram:
+    """A family of histograms with fixed upper bounds, by label values."""
+
+    def __init__(
+        self, name: str, documentation: str, labels: Sequence[str], bounds: Sequence[float], limit: int = 1000
+    ) -> None:
+        self.name = name
+        self.bounds = tuple(bounds)
+        self._documentation = documentation
+        self._labels = tuple(labels)
+        self._limit = limit
+        self._cells: dict[Labels, list[float]] = {}  # one count a bucket, the last one open; then the sum
+
+    def observe(self, labels: Labels, value: float) -> None:
+        """Count one value."""
+        cells = self._cells.get(labels) or self._new(labels)
+        cells[bisect_left(self.bounds, value)] += 1
+        cells[-1] += value
+
+    def observe_all(self, labels: Labels, values: Iterable[float]) -> None:
+        """Count many values."""
+        cells = self._cells.get(labels) or self._new(labels)
+        bounds = self.bounds
+        total = 0.0
+        for value in values:
+            cells[bisect_left(bounds, value)] += 1
+            total += value
+        cells[-1] += total
+
+    def count(self, labels: Labels) -> int:
+        """How many values were counted."""
+        return int(sum(self._cells.get(labels, (0.0,))[:-1]))
+
+    def collect(self) -> Metric:
+        """As Prometheus reads it."""
+        family = HistogramMetricFamily(self.name, self._documentation, labels=self._labels)
+        for labels, cells in self._cells.items():
+            running = 0.0
+            buckets = []
+            for bound, count in zip((*map(str, self.bounds), "+Inf"), cells, strict=False):
+                running += count
+                buckets.append((bound, running))
+            family.add_metric(labels, buckets, cells[-1])
+        return family
+
+    def _new(self, labels: Labels) -> list[float]:
+        if len(self._cells) >= self._limit:
+            labels = (OTHER,) * len(self._labels)
+        return self._cells.setdefault(labels, [0.0] * (len(self.bounds) + 2))
+
+
+class GatewayMetrics(Collector):
+    """All the gateway counts."""
+
+    def __init__(self, label_limit: int = 1000) -> None:
+        by_class = ("gen_ai_request_model", "request_class", "pool")
+
+        def counter(name: str, documentation: str, *labels: str) -> Counter:
+            return Counter(name, documentation, labels, label_limit)
+
+        def histogram(name: str, documentation: str, bounds: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(name, documentation, labels, bounds, label_limit)
+
+        self.requests = counter("dynamollm_requests", "Requests answered", *by_class, "status")
+        self.refused = counter("dynamollm_refused_requests", "Requests refused before routing", "status")
+        self.cancelled = counter("dynamollm_cancelled_requests", "Requests whose client left", *by_class)
+        self.retries = counter("dynamollm_retries", "Requests sent to a second instance", "pool")
+        self.failures = counter("dynamollm_instance_failures", "Attempts an instance failed", "instance", "kind")
+        self.dropped = counter("dynamollm_dropped_requests", "Requests not served", "reason")
+        self.invalid = counter("dynamollm_invalid_controls", "Control headers and fields ignored", "control")
+        self.tenant_requests = counter("dynamollm_tenant_requests", "Requests answered, by tenant", "tenant")
+        self.tenant_tokens = counter("dynamollm_tenant_tokens", "Tokens, by tenant", "tenant", "gen_ai_token_type")
+        self.slo_met = counter("dynamollm_slo_requests", "Requests by whether they met their SLO", *by_class, "met")
+        self.ttft = histogram(
+            "gen_ai_server_time_to_first_token_seconds", "Request received to first event", TTFT_BUCKETS_S, *by_class
+        )
+        self.tpot = histogram(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Mean time per token after the first",
+            TPOT_BUCKETS_S,
+            *by_class,
+        )
+        self.tbt = histogram(
+            "dynamollm_time_between_chunks_seconds", "Gap between events of a stream", TBT_BUCKETS_S, *by_class
+        )
+        self.duration = histogram(
+            "gen_ai_server_request_duration_seconds", "Request received to last byte", DURATION_BUCKETS_S, *by_class
+        )
+        self.tokens = histogram(
+            "gen_ai_client_token_usage", "Tokens a request", TOKEN_BUCKETS, *by_class, "gen_ai_token_type"
+        )
+        self.loop_lag = histogram("dynamollm_event_loop_lag_seconds", "Lateness of a timer", LAG_BUCKETS_S)
+        self._gauges: dict[str, tuple[str, float]] = {}
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+
+    def count(self, outcome: Outcome, stream: bool) -> None:
+        """Count how a request ended."""
+        request = outcome.request
+        labels = (request.model, request.request_class.name, outcome.pool or "")
+        if outcome.cancelled:
+            self.cancelled.add(labels)
+        self.requests.add((*labels, str(outcome.status)))
+        self.tenant_requests.add((request.tenant,))
+        self.duration.observe(labels, outcome.ended_s - request.arrival_s)
+        if outcome.prompt_tokens is not None:
+            self.tokens.observe((*labels, "input"), outcome.prompt_tokens)
+            self.tenant_tokens.add((request.tenant, "input"), outcome.prompt_tokens)
+        if outcome.completion_tokens is not None:
+            self.tokens.observe((*labels, "output"), outcome.completion_tokens)
+            self.tenant_tokens.add((request.tenant, "output"), outcome.completion_tokens)
+        if stream and outcome.first_token_s is not None:
+            self._count_latency(outcome, outcome.first_token_s, labels)
+
+    def _count_latency(self, outcome: Outcome, first_token_s: float, labels: Labels) -> None:
+        request = outcome.request
+        ttft_s = first_token_s - request.arrival_s
+        self.ttft.observe(labels, ttft_s)
+        met = ttft_s <= request.slo.ttft_s
+        tokens = outcome.completion_tokens
+        if tokens is not None and tokens > 1:
+            tpot_s = (outcome.ended_s - first_token_s) / (tokens - 1)
+            self.tpot.observe(labels, tpot_s)
+            met = met and tpot_s <= request.slo.tbt_s
+        if not outcome.cancelled:
+            self.slo_met.add((*labels, "true" if met else "false"))
+
+    def set_gauge(self, name: str, documentation: str, value: float) -> None:
+        """A gauge, as it is now."""
+        self._gauges[name] = (documentation, value)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing fixed: families are made when scraped."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family, as Prometheus reads it."""
+        for family in vars(self).values():
+            if isinstance(family, Counter | Histogram):
+                yield family.collect()
+        for name, (documentation, value) in self._gauges.items():
+            yield GaugeMetricFamily(name, documentation, value=value)
