@@ -53,7 +53,7 @@ class FakeDriver:
             id=spec.id,
             pool=spec.pool,
             shape=spec.shape,
-            url=f"http://fake.invalid/{spec.id}",
+            url=f"http://{spec.id}.fake.invalid:8000",
             state=InstanceState.STARTING,
             sm_clock_mhz=self._snap(spec.sm_clock_mhz),
             gpus=spec.gpus,

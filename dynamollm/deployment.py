@@ -1,0 +1,141 @@
+"""Deployment: what runs now, kept by the runner and shown to the router. Pure: starts nothing, reads no clock.
+
+It turns settings into instance specifications (which GPUs, which clock), takes in what drivers report, and gives the
+router its immutable ClusterView and the gateway its directory of models and addresses.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from dynamollm.placement import Placement
+from dynamollm.settings import NodeSettings, PoolSettings, Settings
+from energy.profile import EnergyProfile
+from pools.classes import RequestClass
+from pools.drivers.port import InstanceEvent, InstanceSpec
+from pools.instances import Instance, InstanceShape, InstanceState
+from pools.view import ClusterView, EngineLimits, InstanceView, PoolView
+from proxy.services import Address, ServedModel
+
+GONE = frozenset({InstanceState.STOPPED, InstanceState.FAILED})
+
+
+def node_gpus(nodes: tuple[NodeSettings, ...]) -> dict[str, int]:
+    """GPUs by node name; a kind of node with a count gets one name a machine: ``h100-0``, ``h100-1``."""
+    return {name: node.gpus for node in nodes for name in node_names(node)}
+
+
+def node_names(node: NodeSettings) -> Iterator[str]:
+    """Names of the machines of one kind of node."""
+    if node.count == 1:
+        yield node.name
+    else:
+        yield from (f"{node.name}-{index}" for index in range(node.count))
+
+
+class Deployment:
+    """Instances by id, the GPUs they hold, and the views others take of them."""
+
+    def __init__(self, settings: Settings, profiles: Mapping[str, EnergyProfile]) -> None:
+        """``profiles``: the EnergyProfile of each model, by model name."""
+        self.settings = settings
+        self.profiles = profiles
+        self.placement = Placement(node_gpus(settings.nodes))
+        self.instances: dict[str, Instance] = {}
+        self._pools = {pool.name: pool for pool in settings.pools}
+        self._gpu_of_node = {name: node.gpu for node in settings.nodes for name in node_names(node)}
+        self._models = {
+            model.name: ServedModel(model.name, max_model_len=model.max_model_len) for model in settings.models
+        }
+        self._addresses: dict[str, Address] = {}
+        self._counts: dict[str, int] = {}
+        self._version = 0
+
+    # --- specifications --------------------------------------------------------------------------------------------
+
+    def configured(self) -> list[InstanceSpec]:
+        """Reserve GPUs for every instance the settings ask for, largest TP first; the specifications to start."""
+        wanted = [pool for pool in self.settings.pools for _ in range(pool.instances)]
+        specs = [self.specify(pool.name) for pool in sorted(wanted, key=lambda pool: -pool.tp)]
+        order = {pool.name: index for index, pool in enumerate(self.settings.pools)}
+        return sorted(specs, key=lambda spec: order[spec.pool])
+
+    def specify(
+        self,
+        pool_name: str,
+        tp: int | None = None,
+        sm_clock_mhz: int | None = None,
+        node: str | None = None,
+        instance_id: str | None = None,
+    ) -> InstanceSpec:
+        """Specify one more instance of a pool and reserve its GPUs. Raises ``NoRoomError`` where none are free."""
+        pool: PoolSettings = self._pools[pool_name]
+        clock_mhz = sm_clock_mhz or pool.sm_clock_mhz or self.profiles[pool.model].sm_clocks_mhz[-1]
+        gpus = self.placement.take(tp or pool.tp, node)
+        if instance_id is None:
+            self._counts[pool_name] = self._counts.get(pool_name, 0) + 1
+            instance_id = f"{pool_name.lower()}-{self._counts[pool_name]}"
+        shape = InstanceShape(pool.model, self._gpu_of_node[gpus[0].node], len(gpus))
+        return InstanceSpec(instance_id, pool_name, shape, gpus, clock_mhz)
+
+    # --- what is reported ------------------------------------------------------------------------------------------
+
+    def put(self, instance: Instance) -> None:
+        """Take in an instance as its driver describes it."""
+        self.instances[instance.id] = instance
+        self._addresses[instance.id] = Address.of_url(instance.url)
+        self._version += 1
+
+    def change(self, event: InstanceEvent) -> Instance | None:
+        """Take in a change of state; the instance as it is now, or None if it is not known.
+
+        One that is gone frees its GPUs and is forgotten.
+        """
+        instance = self.instances.get(event.instance_id)
+        if instance is None:
+            return None
+        instance = replace(instance, state=event.state)
+        if event.state in GONE:
+            del self.instances[instance.id]
+            del self._addresses[instance.id]
+            self.placement.release(instance.gpus)
+        else:
+            self.instances[instance.id] = instance
+        self._version += 1
+        return instance
+
+    def set_sm_clock(self, instance_id: str, sm_clock_mhz: int) -> None:
+        """Take in the clock now in force on an instance's GPUs; unknown instances are ignored."""
+        if (instance := self.instances.get(instance_id)) is not None:
+            self.instances[instance_id] = replace(instance, sm_clock_mhz=sm_clock_mhz)
+            self._version += 1
+
+    # --- views -----------------------------------------------------------------------------------------------------
+
+    def routing_view(self, now_s: float) -> ClusterView:
+        """What the router may know, as of now."""
+        return ClusterView(
+            version=self._version,
+            as_of_s=now_s,
+            pools=tuple(PoolView(p.name, p.model, RequestClass[p.request_class]) for p in self.settings.pools),
+            instances=tuple(self._instance_view(instance) for instance in self.instances.values()),
+        )
+
+    def _instance_view(self, instance: Instance) -> InstanceView:
+        profile = self.profiles[instance.shape.model]
+        return InstanceView(
+            instance,
+            profile.step(instance.shape.tp, instance.sm_clock_mhz),
+            EngineLimits(kv_capacity_tokens=profile.kv_capacity_tokens(instance.shape.tp)),
+        )
+
+    def models(self) -> Mapping[str, ServedModel]:
+        """The models configured, by name."""
+        return self._models
+
+    def servable(self, model: str) -> bool:
+        """Whether at least one instance of the model takes requests."""
+        return any(i.state is InstanceState.READY and i.shape.model == model for i in self.instances.values())
+
+    def address(self, instance_id: str) -> Address | None:
+        """Where an instance listens; None when it is gone."""
+        return self._addresses.get(instance_id)

@@ -1,0 +1,158 @@
+"""Runner: keeps the running cluster as it should be, and the router's view of it fresh.
+
+The asyncio side of control: starts the configured instances through a driver, takes in its events, replaces what
+crashed (with back-off), and asks each engine now and then how loaded it is. What it knows is in ``Deployment``, what it
+decides is nothing. Never on a request's path: a slow driver or a dead engine delays no routing decision.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from dynamollm.deployment import Deployment
+from pools.drivers.port import DriverError, InstanceDriver, InstanceEvent, InstanceSpec
+from pools.instances import Instance, InstanceState
+from pools.view import ClusterView, EngineLoad
+
+log = logging.getLogger("dynamollm.runner")
+
+SCRAPE_PERIOD_S = 5.0
+FIRST_RESTART_S = 1.0
+LAST_RESTART_S = 60.0
+
+
+class RoutedFleet(Protocol):
+    """What the runner tells the router."""
+
+    def update(self, view: ClusterView, now_s: float) -> None:
+        """Take over a new view."""
+
+    def observe(self, instance_id: str, load: EngineLoad, now_s: float) -> None:
+        """Take in what an engine says of its load."""
+
+
+class EngineProbe(Protocol):
+    """Asks an engine how loaded it is."""
+
+    async def load(self, url: str) -> EngineLoad:
+        """Scrape once. Raises ``OSError`` where it cannot."""
+
+
+def restart_delay_s(failures: int) -> float:
+    """How long to wait before the next start after this many failures in a row: 1, 2, 4 ... 60 s."""
+    return float(min(FIRST_RESTART_S * 2 ** (failures - 1), LAST_RESTART_S))
+
+
+class Runner:
+    """``run`` it as a task; ``settled`` tells when the cluster is up."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        driver: InstanceDriver,
+        router: RoutedFleet,
+        probe: EngineProbe,
+        clock: Callable[[], float],
+    ) -> None:
+        self._deployment = deployment
+        self._driver = driver
+        self._router = router
+        self._probe = probe
+        self._clock = clock
+        self._specs: dict[str, InstanceSpec] = {}
+        self._early: dict[str, InstanceEvent] = {}  # overtook the answer to their start
+        self._failures: dict[str, int] = {}  # in a row, by pool
+        self._settled = asyncio.Event()
+        self._tasks: asyncio.TaskGroup
+
+    async def run(self) -> None:
+        """Bring the cluster up and keep it up, until cancelled; the driver is closed on the way out."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                events = self._driver.events()
+                self._tasks.create_task(self._scrape())
+                starting = [self._tasks.create_task(self._start(spec)) for spec in self._deployment.configured()]
+                self._tasks.create_task(self._watch_settling(starting))
+                async for event in events:
+                    self._take_in(event)
+        finally:
+            await self._driver.close()
+
+    async def settled(self) -> None:
+        """Wait until no instance is starting any more: each is READY or has failed at least once."""
+        await self._settled.wait()
+
+    async def _watch_settling(self, starting: list[asyncio.Task[None]]) -> None:
+        await asyncio.wait(starting)
+        self._check_settled()
+
+    def _check_settled(self) -> None:
+        states = [instance.state for instance in self._deployment.instances.values()]
+        if InstanceState.STARTING not in states and (states or self._failures):
+            self._settled.set()
+
+    async def _start(self, spec: InstanceSpec) -> None:
+        self._specs[spec.id] = spec
+        try:
+            instance = await self._driver.start(spec)
+        except DriverError as error:
+            log.error("instance %s cannot start: %s", spec.id, error)
+            del self._specs[spec.id]
+            self._deployment.placement.release(spec.gpus)
+            self._replace_later(spec)
+            return
+        self._deployment.put(instance)
+        self._publish()
+        if (early := self._early.pop(spec.id, None)) is not None:
+            self._take_in(early)
+
+    def _take_in(self, event: InstanceEvent) -> None:
+        before = self._deployment.instances.get(event.instance_id)
+        after = self._deployment.change(event)
+        if after is None:
+            if event.instance_id in self._specs:
+                self._early[event.instance_id] = event
+            return
+        self._publish()
+        if event.state is InstanceState.READY:
+            self._failures.pop(after.pool, None)
+            log.info("instance %s is ready at %s", after.id, after.url)
+        elif event.state is InstanceState.FAILED:
+            was = before.state.value if before else "unknown"
+            log.warning("instance %s failed while %s: %s", after.id, was, event.reason or "no reason given")
+            self._replace_later(self._specs.pop(after.id))
+        self._check_settled()
+
+    def _replace_later(self, spec: InstanceSpec) -> None:
+        self._failures[spec.pool] = self._failures.get(spec.pool, 0) + 1
+        delay_s = restart_delay_s(self._failures[spec.pool])
+        log.info("pool %s: a replacement of %s starts in %g s", spec.pool, spec.id, delay_s)
+        self._tasks.create_task(self._replace(spec, delay_s))
+
+    async def _replace(self, spec: InstanceSpec, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        await self._driver.stop(spec.id, grace_s=0.0)  # whatever is left of it holds its GPUs
+        await self._start(self._deployment.specify(spec.pool, spec.shape.tp, spec.sm_clock_mhz))
+
+    def _publish(self) -> None:
+        now_s = self._clock()
+        self._router.update(self._deployment.routing_view(now_s), now_s)
+
+    async def _scrape(self) -> None:
+        """Ask every engine in turn, spread over the period so that no two are parsed back to back."""
+        while True:
+            ready = [i for i in self._deployment.instances.values() if i.state is InstanceState.READY]
+            for instance in ready:
+                await self._scrape_one(instance)
+                await asyncio.sleep(SCRAPE_PERIOD_S / len(ready))
+            if not ready:
+                await asyncio.sleep(SCRAPE_PERIOD_S)
+
+    async def _scrape_one(self, instance: Instance) -> None:
+        try:
+            load = await self._probe.load(instance.url)
+        except OSError as error:
+            log.debug("instance %s: no load: %s", instance.id, error)
+            return
+        self._router.observe(instance.id, load, self._clock())

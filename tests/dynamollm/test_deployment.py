@@ -1,0 +1,96 @@
+"""Deployment: specifications from settings, views from what drivers report."""
+
+import dataclasses
+
+import pytest
+
+from dynamollm.adapters.configuration import load
+from dynamollm.deployment import Deployment
+from dynamollm.placement import NoRoomError
+from energy.adapters.catalogue import load_profile
+from pools.drivers.port import InstanceEvent
+from pools.instances import Instance, InstanceState
+from pools.request import RequestClass
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return load_profile("llama-3.1-70b-fp8-h100")
+
+
+@pytest.fixture
+def deployment(profile):
+    return Deployment(load(None, {}), {"llama-3.1-70b": profile})
+
+
+def started(spec, state=InstanceState.READY):
+    return Instance(spec.id, spec.pool, spec.shape, "http://127.0.0.1:9", state, spec.sm_clock_mhz, spec.gpus)
+
+
+def test_every_configured_instance_gets_its_own_gpus_and_the_default_clock(deployment, profile):
+    specs = deployment.configured()
+    assert [spec.pool for spec in specs] == ["SS", "SM", "SL", "MS", "MM", "ML", "LS", "LM", "LL"]
+    gpus = [gpu for spec in specs for gpu in spec.gpus]
+    assert len(gpus) == len(set(gpus)) == 30
+    assert {spec.sm_clock_mhz for spec in specs} == {profile.sm_clocks_mhz[-1]}
+    assert {spec.shape.gpu for spec in specs} == {"H100-SXM"}
+
+
+def test_ids_are_never_used_twice(deployment):
+    deployment.configured()
+    spec = deployment.specify("SS")
+    assert spec.id == "ss-2"
+    deployment.put(started(spec))
+    deployment.change(InstanceEvent(spec.id, InstanceState.STOPPED))
+    assert deployment.specify("SS").id == "ss-3"
+
+
+def test_one_that_is_gone_frees_its_gpus_and_is_not_routed_to(deployment):
+    specs = deployment.configured()
+    for spec in specs:
+        deployment.put(started(spec))
+    with pytest.raises(NoRoomError):
+        deployment.specify("LL")
+    gone = deployment.change(InstanceEvent("ll-1", InstanceState.FAILED, "killed"))
+    assert gone is not None
+    assert gone.state is InstanceState.FAILED
+    assert deployment.address("ll-1") is None
+    assert "ll-1" not in [view.instance.id for view in deployment.routing_view(0.0).instances]
+    assert len(deployment.specify("LL").gpus) == 8
+
+
+def test_the_view_prices_each_instance_at_its_present_clock(deployment, profile):
+    spec = deployment.specify("LL")
+    deployment.put(started(spec, InstanceState.STARTING))
+    assert not deployment.servable("llama-3.1-70b")
+    deployment.change(InstanceEvent(spec.id, InstanceState.READY))
+    deployment.set_sm_clock(spec.id, profile.sm_clocks_mhz[0])
+    view = deployment.routing_view(7.0)
+    assert view.as_of_s == 7.0
+    assert view.instances[0].step == profile.step(8, profile.sm_clocks_mhz[0])
+    assert view.instances[0].limits.kv_capacity_tokens == profile.kv_capacity_tokens(8)
+    assert deployment.servable("llama-3.1-70b")
+    assert deployment.address(spec.id).port == 9
+
+
+def test_every_change_makes_a_new_version_and_pools_keep_their_class(deployment):
+    versions = [deployment.routing_view(0.0).version]
+    spec = deployment.specify("ML")
+    deployment.put(started(spec))
+    versions.append(deployment.routing_view(0.0).version)
+    deployment.set_sm_clock(spec.id, 1200)
+    versions.append(deployment.routing_view(0.0).version)
+    assert versions == sorted(set(versions))
+    assert deployment.routing_view(0.0).pools[5].request_class is RequestClass.ML
+
+
+def test_what_is_unknown_is_ignored(deployment):
+    assert deployment.change(InstanceEvent("nobody", InstanceState.READY)) is None
+    deployment.set_sm_clock("nobody", 1000)
+
+
+def test_machines_of_one_kind_have_names_of_their_own(profile):
+    settings = load(None, {})
+    two = dataclasses.replace(settings, nodes=(dataclasses.replace(settings.nodes[0], count=1), settings.nodes[0]))
+    names = Deployment(two, {"llama-3.1-70b": profile}).placement.nodes
+    assert names == {"h100": 8, "h100-0": 8, "h100-1": 8, "h100-2": 8, "h100-3": 8}

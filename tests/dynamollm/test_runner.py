@@ -1,0 +1,165 @@
+"""The runner over a driver in memory, in virtual time: bring-up, crashes, back-off, scraping, shutdown."""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from dynamollm.adapters.configuration import load
+from dynamollm.deployment import Deployment
+from dynamollm.runner import Runner, restart_delay_s
+from energy.adapters.catalogue import load_profile
+from pools.drivers.fake import FakeDriver
+from pools.drivers.port import DriverError
+from pools.instances import InstanceState
+from pools.view import ClusterView, EngineLoad
+from simulator.virtual_loop import run
+
+
+class SeenRouter:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.views: list[ClusterView] = []
+        self.loads: list[tuple[str, float]] = []
+
+    def update(self, view: ClusterView, now_s: float) -> None:
+        self.views.append(view)
+
+    def observe(self, instance_id: str, load: EngineLoad, now_s: float) -> None:
+        self.loads.append((instance_id, now_s))
+
+    def ready(self) -> list[str]:
+        return [v.instance.id for v in self.views[-1].instances if v.instance.state is InstanceState.READY]
+
+
+class Probe:
+    """Every engine is idle, but those in ``dead`` do not answer."""
+
+    def __init__(self) -> None:
+        self.dead: set[str] = set()
+
+    async def load(self, url: str) -> EngineLoad:
+        if url in self.dead:
+            raise OSError("no answer")
+        return EngineLoad(running=0, waiting=0, kv_cache_usage=0.0)
+
+
+class World:
+    """A runner and everything around it."""
+
+    def __init__(self, **driver_options: bool) -> None:
+        settings = load(None, {})
+        self.deployment = Deployment(settings, {"llama-3.1-70b": load_profile("llama-3.1-70b-fp8-h100")})
+        clocks = self.deployment.profiles["llama-3.1-70b"].sm_clocks_mhz
+        self.driver = FakeDriver(self.deployment.placement.nodes, clocks, **driver_options)
+        self.router = SeenRouter()
+        self.probe = Probe()
+        clock = asyncio.get_running_loop().time
+        self.runner = Runner(self.deployment, self.driver, self.router, self.probe, clock)
+
+
+def in_world(scenario: Callable[[World], Awaitable[None]], **driver_options: bool) -> World:
+    async def main() -> World:
+        world = World(**driver_options)
+        running = asyncio.create_task(world.runner.run())
+        await scenario(world)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        return world
+
+    return run(main())
+
+
+def test_every_configured_instance_comes_up_and_is_routed_to():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+
+    world = in_world(scenario)
+    assert len(world.router.ready()) == 9
+
+
+def test_an_instance_that_loads_weights_is_not_routed_to_before_it_is_ready():
+    async def scenario(world: World) -> None:
+        await asyncio.sleep(60)
+        assert world.router.ready() == []
+        assert not world.runner._settled.is_set()
+        world.driver.finish_start("ll-1")
+        await asyncio.sleep(1)
+        assert world.router.ready() == ["ll-1"]
+
+    in_world(scenario, manual_start=True)
+
+
+def test_a_crashed_instance_is_replaced_on_its_gpus_after_a_delay():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        gpus = world.deployment.instances["ll-1"].gpus
+        world.driver.crash("ll-1", "killed by signal 9")
+        await asyncio.sleep(0.5)
+        assert "ll-1" not in world.router.ready()
+        assert len(world.router.ready()) == 8
+        await asyncio.sleep(1)
+        assert "ll-2" in world.router.ready()
+        assert world.deployment.instances["ll-2"].gpus == gpus
+
+    in_world(scenario)
+
+
+def test_one_that_keeps_crashing_is_started_ever_more_rarely():
+    starts = []
+
+    async def scenario(world: World) -> None:
+        start = world.driver.start
+
+        async def failing_start(spec):
+            if spec.pool == "LL":
+                starts.append(asyncio.get_running_loop().time())
+                raise DriverError("out of memory")
+            return await start(spec)
+
+        world.driver.start = failing_start
+        await asyncio.sleep(300)
+
+    in_world(scenario)
+    gaps = [round(later - earlier) for earlier, later in itertools.pairwise(starts)]
+    assert gaps == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_a_start_that_succeeds_ends_the_back_off():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        for attempt in range(1, 4):
+            world.driver.crash(f"ll-{attempt}")
+            await asyncio.sleep(1.5)
+            assert f"ll-{attempt + 1}" in world.router.ready()
+
+    in_world(scenario)
+
+
+def test_every_engine_is_scraped_once_a_period_and_a_dead_one_disturbs_nobody():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        world.probe.dead.add("http://ll-1.fake.invalid:8000")
+        await asyncio.sleep(50.0)
+
+    world = in_world(scenario)
+    counts = {name: sum(1 for i, _ in world.router.loads if i == name) for name in world.router.ready()}
+    assert counts.pop("ll-1") == 0
+    assert set(counts.values()) <= {9, 10, 11}
+    times = [now_s for _, now_s in world.router.loads]
+    assert max(times.count(t) for t in times) == 1
+
+
+def test_stopping_the_runner_stops_every_instance():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+
+    world = in_world(scenario)
+    assert run(world.driver.list()) == ()
+
+
+def test_the_delay_doubles_up_to_a_minute():
+    assert [restart_delay_s(n) for n in (1, 2, 3, 7, 50)] == [1.0, 2.0, 4.0, 60.0, 60.0]
