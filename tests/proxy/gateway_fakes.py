@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import httptools
 from uvicorn.server import ServerState
 
 from pools.request import Assigned, Queued, Rejected, RejectReason
-from proxy.gateway import Gateway
 from proxy.metrics import GatewayMetrics
 from proxy.serve import gateway_config
 from proxy.services import Address, GatewayServices, ServedModel
@@ -187,6 +187,7 @@ class PlainRouter:
         self.told: list[tuple] = []
         self.routed = []
         self.capacity = 10**9
+        self.retry_after_s = 0.3
         self.flying: dict[str, str] = {}
         self.queue: list = []
         self.expired: list = []
@@ -196,7 +197,7 @@ class PlainRouter:
         self.routed.append(request)
         open_instances = [i for i in self.instances if i not in exclude]
         if not open_instances:
-            return Rejected(RejectReason.NO_ENDPOINTS, contended=False, retry_after_s=2.0)
+            return Rejected(RejectReason.NO_ENDPOINTS, contended=False, retry_after_s=self.retry_after_s)
         if len(self.flying) >= self.capacity:
             self.queue.append(request)
             return Queued(len(self.queue))
@@ -327,15 +328,15 @@ class Answered:
 
 def parse(data: bytes) -> Answered:
     """A whole response, read strictly."""
-    import httptools
 
     class Sink:
-        headers = {}
-        body = b""
-        complete = False
+        def __init__(self):
+            self.headers = {}
+            self.body = b""
+            self.complete = False
 
         def on_header(self, name, value):
-            self.headers = {**self.headers, name.decode().lower(): value.decode()}
+            self.headers[name.decode().lower()] = value.decode()
 
         def on_body(self, payload):
             self.body += payload
@@ -354,7 +355,9 @@ async def running(*engines, settings=None, services=None, **overrides):
     """A gateway over these engines, as instances i0, i1, ..."""
     names = [f"i{n}" for n in range(len(engines))]
     router = PlainRouter(*names)
-    directory = PlainDirectory({n: Address.of_url(f"http://127.0.0.1:{e.port}") for n, e in zip(names, engines)})
+    directory = PlainDirectory(
+        {n: Address.of_url(f"http://127.0.0.1:{e.port}") for n, e in zip(names, engines, strict=True)}
+    )
     clock = Clock()
     outcomes = []
     services = GatewayServices(
