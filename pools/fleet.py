@@ -80,11 +80,11 @@ class Fleet:
         index = {v.instance.id: i for i, v in enumerate(view.instances)}
         if len(index) != len(view.instances):
             raise ValueError(f"cluster view {view.version}: two instances have one id; give each its own")
-        empty = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, scoring.UNPROMISED_S)
         before = {v.instance.id: row for v, row in zip(self.views, zip(*self.load, strict=True), strict=True)}
-        rows = [before.get(instance_id, empty) for instance_id in index]
-        self.load = Load(*([row[k] for row in rows] for k in range(len(empty))))
-        costs = [_cost_row(v) for v in view.instances]
+        rows = [before.get(instance_id, scoring.LOAD_EMPTY) for instance_id in index]
+        self.load = Load(*([row[k] for row in rows] for k in range(len(Load._fields))))
+        kinds: dict[tuple[StepCoefficients, int], int] = {}
+        costs = [_cost_row(v, kinds) for v in view.instances]
         self.costs = Costs(*([row[k] for row in costs] for k in range(len(Costs._fields))))
         self._max_seqs = [float(v.limits.max_seqs) for v in view.instances]
         self.costs = self.costs._replace(max_seqs=self._max_seqs)
@@ -92,8 +92,6 @@ class Fleet:
         self.assigned = [Assigned(v.instance.id, v.instance.pool) for v in view.instances]
         self._steps = [v.step for v in view.instances]
         self.lone_step_s = [scoring.decode_step_s(c, 0.0, 0.0) for c in self._steps]
-        for i in range(len(rows)):
-            self._refresh(i)
         self.outliers.keep(frozenset(index))
         self._asleep &= index.keys()
         for flight in self.flights.values():
@@ -114,6 +112,7 @@ class Fleet:
                 members[instance.pool].append(i)
                 self.open_pool[i] = instance.pool
             self._max_seqs[i] = 1.0 if self.outliers.probing(instance.id) else float(v.limits.max_seqs)
+            self._refresh(i)
         for name, indices in members.items():
             count = -(-len(indices) // WINDOW)
             pool = self.pools[name]
@@ -189,7 +188,7 @@ class Fleet:
         flight.started = True
         i = self.index.get(flight.instance_id)
         if i is not None:
-            scoring.start(self.costs, self.load, i, now_s, flight.request.input_tokens)
+            scoring.start(self.load, i, now_s, flight.request.input_tokens)
 
     def left(self, request_id: str, now_s: float) -> Flight | None:
         """Forget a request; None if it was not in flight."""
@@ -218,10 +217,11 @@ class Fleet:
 
     def _refresh(self, i: int) -> None:
         load = self.load
-        load.step_s[i] = scoring.decode_step_s(self._steps[i], load.in_flight[i], load.context_tokens[i])
+        step_s = scoring.decode_step_s(self._steps[i], load.in_flight[i], load.context_tokens[i])
+        scoring.settle(self.costs, load, i, step_s)
 
 
-def _cost_row(v: InstanceView) -> tuple[float, ...]:
-    limits = v.limits
-    tp = v.instance.shape.tp
-    return scoring.cost_row(v.step, tp, limits.max_batched_tokens, limits.max_seqs, limits.kv_capacity_tokens)
+def _cost_row(v: InstanceView, kinds: dict[tuple[StepCoefficients, int], int]) -> tuple[float, ...]:
+    limits, tp = v.limits, v.instance.shape.tp
+    kind = kinds.setdefault((v.step, tp), len(kinds))
+    return scoring.cost_row(v.step, tp, kind, limits.max_batched_tokens, limits.max_seqs, limits.kv_capacity_tokens)

@@ -112,20 +112,14 @@ class Router:
 
     def _hopeless(self, path: Path, request: Request, now_s: float) -> bool:
         """Whether even an empty instance would break its SLO: then waiting for one is no use."""
-        fleet, margin = self.fleet, self.limits.weights.margin
-        input_tokens, slo = request.input_tokens, request.slo
-        budget_s = margin * (request.deadline_s - now_s)
-        for pool in path.all:
-            i = pool.fastest
-            if i == scoring.NONE:
-                continue
-            costs, step_s = fleet.costs, fleet.lone_step_s[i]
-            per_token_s = costs.token_s[i] + step_s / costs.chunk_tokens[i] + 0.5 * costs.attention_s[i] * input_tokens
-            context_tokens = input_tokens + 0.5 * request.output_tokens
-            tbt_s = step_s + costs.seq_s[i] + costs.kv_s[i] * context_tokens
-            if step_s + input_tokens * per_token_s < budget_s and tbt_s < margin * slo.tbt_s:
-                return False
-        return True
+        fleet, slo = self.fleet, request.slo
+        budget_s, margin = request.deadline_s - now_s, self.limits.weights.margin
+        tokens = request.input_tokens, request.output_tokens
+        fastest = [pool.fastest for pool in path.all if pool.fastest != scoring.NONE]
+        return not any(
+            scoring.attainable(fleet.costs, i, fleet.lone_step_s[i], *tokens, budget_s, slo.tbt_s, margin)
+            for i in fastest
+        )
 
     def _find_least_late(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
         fleet = self.fleet

@@ -29,6 +29,7 @@ UNPROMISED_S = 1e9  # TBT limit of an instance that owes nobody anything
 class Costs(NamedTuple):
     """Columns, one element an instance: what it costs there, and what it can hold. Floats; see ``cost_row``."""
 
+    kind: Sequence[float]  # equal where all costs are equal, and only there
     token_s: Sequence[float]  # one more prompt token in a step
     seq_s: Sequence[float]  # one more decoding sequence in a step
     attention_s: Sequence[float]  # prefill attention, per token squared
@@ -39,21 +40,29 @@ class Costs(NamedTuple):
     kv_j: Sequence[float]
     step_j: Sequence[float]  # a step as such: streaming the weights, all-reduce latency
     chunk_tokens: Sequence[float]  # prompt tokens an engine step takes at most
-    max_seqs: Sequence[float]  # requests it may hold; 0 closes it
+    max_seqs: Sequence[float]  # requests it may hold
     kv_capacity_tokens: Sequence[float]
 
 
 class Load(NamedTuple):
-    """Columns, one element an instance: what is there now. Floats, changed by ``add``, ``start`` and ``remove``."""
+    """Columns, one element an instance: what is there now. Floats; changed by the four functions at the end."""
 
     in_flight: MutableSequence[float]  # requests sent and not finished
     pending_tokens: MutableSequence[float]  # prompt tokens of those without a first token
+    prefill_done_s: MutableSequence[float]  # when those should all have been read; 0 if none
     context_tokens: MutableSequence[float]  # mean context of those in flight over their lives: input + output / 2
     reserved_tokens: MutableSequence[float]  # their contexts at the end: input + output
     prompt_share: MutableSequence[float]  # prompt tokens per output token, summed over those in flight
-    prefill_done_s: MutableSequence[float]  # when the pending prompts should all have been read
-    step_s: MutableSequence[float]  # a decode step of all those in flight; set by the caller, see ``decode_step_s``
     tbt_limit_s: MutableSequence[float]  # the tightest TBT promised to any there
+    # derived from these by ``settle``, so that ``choose`` need not
+    step_s: MutableSequence[float]  # a decode step of all those in flight (of nobody: of a lone token)
+    between_s: MutableSequence[float]  # TBT with one more: that step, stalls by prefills, its own share
+    prompt_s: MutableSequence[float]  # reading one prompt token, in chunks that share steps with decoding
+    free_tokens: MutableSequence[float]  # KV cache not spoken for; negative if no seat is free
+
+
+LOAD_EMPTY = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, UNPROMISED_S, 0.0, 0.0, 0.0, 0.0)
+"""A row of ``Load`` before ``settle``."""
 
 
 class Weights(NamedTuple):
@@ -64,7 +73,7 @@ class Weights(NamedTuple):
 
 
 def cost_row(
-    c: StepCoefficients, tp: int, chunk_tokens: float, max_seqs: float, kv_capacity_tokens: float
+    c: StepCoefficients, tp: int, kind: float, chunk_tokens: float, max_seqs: float, kv_capacity_tokens: float
 ) -> tuple[float, ...]:
     """One row of ``Costs`` from the step coefficients of an instance of ``tp`` GPUs.
 
@@ -72,6 +81,7 @@ def cost_row(
     the streaming of weights and keeps no kernel running longer.
     """
     return (
+        float(kind),
         c.compute_s_per_token + c.communication_s_per_token,
         c.compute_s_per_token + c.communication_s_per_token + c.host_s_per_seq,
         c.attention_s_per_token2,
@@ -88,7 +98,7 @@ def cost_row(
 
 
 def decode_step_s(c: StepCoefficients, in_flight: float, context_tokens: float) -> float:
-    """What ``Load.step_s`` holds: a step that decodes all those in flight (of an empty instance, a lone token)."""
+    """A step that decodes all those in flight; of an empty instance, a lone token. For ``settle``."""
     return step_time_s(c, 0.0, 0.0, max(in_flight, 1.0), context_tokens)
 
 
@@ -97,16 +107,13 @@ def prefill_s(costs: Costs, load: Load, i: int, input_tokens: float) -> float:
 
     An upper bound: the smooth maximum of compute and memory time is at most their sum.
     """
-    return input_tokens * (
-        costs.token_s[i] + load.step_s[i] / costs.chunk_tokens[i] + 0.5 * costs.attention_s[i] * input_tokens
-    )
+    return input_tokens * (load.prompt_s[i] + 0.5 * costs.attention_s[i] * input_tokens)
 
 
 def wait_s(load: Load, i: int, now_s: float) -> float:
     """Time until the prompts sent before are read. Late by x is taken to be x from done: a hung instance repels."""
-    if load.pending_tokens[i] <= 0.0:
-        return 0.0
-    return abs(load.prefill_done_s[i] - now_s)
+    done_s = load.prefill_done_s[i]
+    return abs(done_s - now_s) if done_s > 0.0 else 0.0
 
 
 def ttft_s(costs: Costs, load: Load, i: int, now_s: float, input_tokens: float) -> float:
@@ -115,24 +122,29 @@ def ttft_s(costs: Costs, load: Load, i: int, now_s: float, input_tokens: float) 
 
 
 def tbt_s(costs: Costs, load: Load, i: int, input_tokens: float, output_tokens: float) -> float:
-    """Predicted mean time between tokens once such a request is added.
+    """Predicted mean time between tokens of those on instance ``i`` once such a request is among them.
 
-    A decode step, plus the prefills of the others: each in flight is taken to be replaced, when it ends, by one like
-    it.
+    A decode step, and the prefills that interrupt it: each request is taken to be replaced, when it ends, by one like
+    it. A request alone is not interrupted by its own.
     """
-    context_tokens = input_tokens + 0.5 * output_tokens
-    stalls_s = costs.token_s[i] * load.prompt_share[i]
-    return load.step_s[i] + stalls_s + costs.seq_s[i] + costs.kv_s[i] * context_tokens
+    between_s = load.between_s[i] + costs.kv_s[i] * (input_tokens + 0.5 * output_tokens)
+    if load.in_flight[i] > 0.0:
+        between_s += prefill_s(costs, load, i, input_tokens) / max(output_tokens, 1.0)
+    return between_s
 
 
 def marginal_energy_j(costs: Costs, load: Load, i: int, input_tokens: float, output_tokens: float) -> float:
     """Energy that adding the request makes instance ``i`` use beyond idling, in joules over all its GPUs."""
+    return work_j(costs, i, input_tokens, output_tokens) + costs.step_j[i] * output_tokens / (load.in_flight[i] + 1.0)
+
+
+def work_j(costs: Costs, i: int, input_tokens: float, output_tokens: float) -> float:
+    """The part of it that does not depend on who else is there."""
     return (
         costs.prompt_j[i] * input_tokens
         + costs.output_j[i] * output_tokens
         + 0.5 * costs.attention_j[i] * input_tokens * input_tokens
         + costs.kv_j[i] * output_tokens * (input_tokens + 0.5 * output_tokens)
-        + costs.step_j[i] * output_tokens / (load.in_flight[i] + 1.0)
     )
 
 
@@ -150,57 +162,75 @@ def choose(
 ) -> int:
     """The candidate of the least score among those with room and headroom, or ``NONE``. Ties: the first.
 
-    ``ttft_budget_s`` is what is left until its deadline.
+    ``ttft_budget_s`` is what is left until its deadline. The loop is ``ttft_s``, ``tbt_s`` and ``marginal_energy_j`` of
+    above, written out, with what only depends on the kind of instance taken out of it: this is the gateway's hot path.
     """
-    in_flight, pending_tokens, reserved_tokens = load.in_flight, load.pending_tokens, load.reserved_tokens
-    prompt_share, prefill_done_s = load.prompt_share, load.prefill_done_s
-    step_s, tbt_limit_s = load.step_s, load.tbt_limit_s
-    token_s, seq_s, attention_s, kv_s = costs.token_s, costs.seq_s, costs.attention_s, costs.kv_s
-    prompt_j, output_j, attention_j, kv_j = costs.prompt_j, costs.output_j, costs.attention_j, costs.kv_j
-    step_j, chunk_tokens, max_seqs = costs.step_j, costs.chunk_tokens, costs.max_seqs
-    kv_capacity_tokens = costs.kv_capacity_tokens
+    kind, in_flight, prefill_done_s, tbt_limit_s = costs.kind, load.in_flight, load.prefill_done_s, load.tbt_limit_s
+    step_s, between_s, prompt_s, free_tokens = load.step_s, load.between_s, load.prompt_s, load.free_tokens
     all_tokens = input_tokens + output_tokens
-    context_tokens = input_tokens + 0.5 * output_tokens
-    context_reads = context_tokens * output_tokens
-    attention_tokens2 = 0.5 * input_tokens * input_tokens
-    ttft_limit_s = margin * ttft_budget_s
-    tbt_limit_own_s = margin * tbt_slo_s
     per_output = 1.0 / max(output_tokens, 1.0)
+    ttft_limit_s = margin * ttft_budget_s
+    kind_now = -1.0
+    context_s = attention_s = base_j = steps_j = 0.0
     best = NONE
     best_score = 0.0
     for i in candidates:
+        if free_tokens[i] < all_tokens:
+            continue
+        if kind[i] != kind_now:
+            kind_now = kind[i]
+            context_s = costs.kv_s[i] * (input_tokens + 0.5 * output_tokens)
+            attention_s = 0.5 * costs.attention_s[i] * input_tokens * input_tokens
+            base_j = work_j(costs, i, input_tokens, output_tokens)
+            steps_j = costs.step_j[i] * output_tokens
+        prefill = input_tokens * prompt_s[i] + attention_s
+        first = step_s[i] + prefill
+        done_s = prefill_done_s[i]
+        if done_s > now_s:
+            first += done_s - now_s
+        elif done_s > 0.0:
+            first += now_s - done_s
+        if first >= ttft_limit_s:
+            continue
+        between = between_s[i] + context_s
+        limit_s = tbt_limit_s[i]
         seqs = in_flight[i]
-        if seqs >= max_seqs[i] or reserved_tokens[i] + all_tokens > kv_capacity_tokens[i]:
-            continue
-        step = step_s[i]
-        a_token_s = token_s[i]
-        between_s = step + a_token_s * prompt_share[i] + seq_s[i] + kv_s[i] * context_tokens
-        if between_s >= tbt_limit_own_s:
-            continue
-        prefill = input_tokens * (a_token_s + step / chunk_tokens[i]) + attention_s[i] * attention_tokens2
-        first_s = step + prefill
-        if pending_tokens[i] > 0.0:
-            first_s += abs(prefill_done_s[i] - now_s)
-        if first_s >= ttft_limit_s:
-            continue
-        pressure = between_s / tbt_limit_own_s
         if seqs > 0.0:
-            pressure = max(pressure, (between_s + prefill * per_output) / (margin * tbt_limit_s[i]))
-            if pressure >= 1.0:
-                continue
-        pressure = max(pressure, first_s / ttft_limit_s)
-        energy_j = (
-            prompt_j[i] * input_tokens
-            + output_j[i] * output_tokens
-            + attention_j[i] * attention_tokens2
-            + kv_j[i] * context_reads
-            + step_j[i] * output_tokens / (seqs + 1.0)
-        )
-        score = energy_j * (1.0 + spread * pressure / (1.0 - pressure))
+            between += prefill * per_output
+        if limit_s > tbt_slo_s:
+            limit_s = tbt_slo_s
+        limit_s *= margin
+        if between >= limit_s:
+            continue
+        pressure = between / limit_s
+        pressure_ttft = first / ttft_limit_s
+        if pressure_ttft > pressure:
+            pressure = pressure_ttft
+        score = (base_j + steps_j / (seqs + 1.0)) * (1.0 + spread * pressure / (1.0 - pressure))
         if best == NONE or score < best_score:
             best = i
             best_score = score
     return best
+
+
+def attainable(
+    costs: Costs,
+    i: int,
+    lone_step_s: float,
+    input_tokens: float,
+    output_tokens: float,
+    ttft_budget_s: float,
+    tbt_slo_s: float,
+    margin: float,
+) -> bool:
+    """Whether instance ``i`` would keep the SLO if it were empty; ``lone_step_s`` is its step of one token.
+
+    If no instance would, waiting for one is no use.
+    """
+    token_s = costs.token_s[i] + lone_step_s / costs.chunk_tokens[i]
+    first = lone_step_s + input_tokens * (token_s + 0.5 * costs.attention_s[i] * input_tokens)
+    between = lone_step_s + costs.seq_s[i] + costs.kv_s[i] * (input_tokens + 0.5 * output_tokens)
+    return first < margin * ttft_budget_s and between < margin * tbt_slo_s
 
 
 def choose_least_late(
@@ -218,31 +248,23 @@ def choose_least_late(
     best = NONE
     best_s = 0.0
     for i in candidates:
-        if (
-            load.in_flight[i] >= costs.max_seqs[i]
-            or load.reserved_tokens[i] + input_tokens + output_tokens > costs.kv_capacity_tokens[i]
-        ):
+        if load.free_tokens[i] < input_tokens + output_tokens:
             continue
-        if load.in_flight[i] > 0.0:
-            stall_s = prefill_s(costs, load, i, input_tokens) / max(output_tokens, 1.0)
-            if tbt_s(costs, load, i, input_tokens, output_tokens) + stall_s >= load.tbt_limit_s[i]:
-                continue
-        first_s = ttft_s(costs, load, i, now_s, input_tokens)
-        if best == NONE or first_s < best_s:
+        if load.in_flight[i] > 0.0 and tbt_s(costs, load, i, input_tokens, output_tokens) >= load.tbt_limit_s[i]:
+            continue
+        first = ttft_s(costs, load, i, now_s, input_tokens)
+        if best == NONE or first < best_s:
             best = i
-            best_s = first_s
+            best_s = first
     return best
 
 
 def add(
     costs: Costs, load: Load, i: int, now_s: float, input_tokens: float, output_tokens: float, tbt_slo_s: float
 ) -> None:
-    """Count a request sent to instance ``i``. The caller then sets ``load.step_s[i]``."""
-    prefill = prefill_s(costs, load, i, input_tokens)
-    start_s = now_s
-    if load.pending_tokens[i] > 0.0:
-        start_s = max(now_s, load.prefill_done_s[i])
-    load.prefill_done_s[i] = start_s + load.step_s[i] + prefill
+    """Count a request sent to instance ``i``. ``settle`` it after."""
+    start_s = max(now_s, load.prefill_done_s[i])
+    load.prefill_done_s[i] = start_s + load.step_s[i] + prefill_s(costs, load, i, input_tokens)
     load.in_flight[i] += 1.0
     load.pending_tokens[i] += input_tokens
     load.context_tokens[i] += input_tokens + 0.5 * output_tokens
@@ -251,31 +273,47 @@ def add(
     load.tbt_limit_s[i] = min(load.tbt_limit_s[i], tbt_slo_s)
 
 
-def start(costs: Costs, load: Load, i: int, now_s: float, input_tokens: float) -> None:
+def start(load: Load, i: int, now_s: float, input_tokens: float) -> None:
     """Count the first token of a request on instance ``i``: what is still pending is expected from now."""
-    load.pending_tokens[i] = max(load.pending_tokens[i] - input_tokens, 0.0)
-    load.prefill_done_s[i] = now_s + load.pending_tokens[i] * (
-        costs.token_s[i] + load.step_s[i] / costs.chunk_tokens[i]
-    )
+    pending_tokens = load.pending_tokens[i] - input_tokens
+    if pending_tokens > 0.0:
+        load.pending_tokens[i] = pending_tokens
+        load.prefill_done_s[i] = now_s + pending_tokens * load.prompt_s[i]
+    else:
+        load.pending_tokens[i] = 0.0
+        load.prefill_done_s[i] = 0.0
 
 
 def remove(load: Load, i: int, input_tokens: float, output_tokens: float) -> None:
-    """Forget a request that has left instance ``i``; same lengths as in ``add``. The caller then sets ``step_s``.
+    """Forget a request that has left instance ``i``; same lengths as in ``add``. ``settle`` it after.
 
     One that had no first token is to be taken off ``pending_tokens`` with ``start`` before.
     """
     load.in_flight[i] -= 1.0
-    if load.in_flight[i] <= 0.0:  # nobody left: drop what rounding left
+    if load.in_flight[i] > 0.0:
+        load.context_tokens[i] -= input_tokens + 0.5 * output_tokens
+        load.reserved_tokens[i] -= input_tokens + output_tokens
+        load.prompt_share[i] -= input_tokens / max(output_tokens, 1.0)
+    else:  # nobody left: drop what rounding left
         load.in_flight[i] = 0.0
         load.pending_tokens[i] = 0.0
+        load.prefill_done_s[i] = 0.0
         load.context_tokens[i] = 0.0
         load.reserved_tokens[i] = 0.0
         load.prompt_share[i] = 0.0
         load.tbt_limit_s[i] = UNPROMISED_S
-        return
-    load.context_tokens[i] -= input_tokens + 0.5 * output_tokens
-    load.reserved_tokens[i] -= input_tokens + output_tokens
-    load.prompt_share[i] -= input_tokens / max(output_tokens, 1.0)
+
+
+def settle(costs: Costs, load: Load, i: int, step_s: float) -> None:
+    """Derive what follows from the load of instance ``i``; ``step_s`` is ``decode_step_s`` of it."""
+    token_s = costs.token_s[i]
+    load.step_s[i] = step_s
+    load.between_s[i] = step_s + token_s * load.prompt_share[i] + costs.seq_s[i]
+    load.prompt_s[i] = token_s + step_s / costs.chunk_tokens[i]
+    if load.in_flight[i] < costs.max_seqs[i]:
+        load.free_tokens[i] = costs.kv_capacity_tokens[i] - load.reserved_tokens[i]
+    else:
+        load.free_tokens[i] = -1.0
 
 
 def take_turn(weights: Sequence[float], credit: MutableSequence[float]) -> int:
