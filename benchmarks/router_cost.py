@@ -3,7 +3,10 @@
 Every request is routed, starts and ends as the router's own predictions say, so the fleet is as full as the arrival
 rate makes it. Targets: P99 of ``route`` at most 10 us with 32 instances and 50 us with 1,024, at the steady load.
 
-    python -m benchmarks.router_cost [--requests 20000] [--json]
+    python -m benchmarks.router_cost [--requests 20000] [--repeats 5] [--json]
+
+A run is deterministic, so it is repeated and of each call the quickest of the repeats counts: what the call costs,
+without what other processes took from it. ``raw P99`` is of all calls of all repeats as they were.
 """
 
 import gc
@@ -16,7 +19,7 @@ import click
 import numpy as np
 
 from energy.adapters.catalogue import load_profile
-from energy.profile import EnergyProfile
+from energy.profile import EnergyProfile, StepCoefficients, step_time_s
 from pools.classes import REQUEST_CLASSES, ClassSlos, RequestClass
 from pools.instances import Instance, InstanceShape, InstanceState
 from pools.request import Assigned, Request
@@ -42,7 +45,7 @@ class Cost:
     calls: int
     p50_us: float
     p99_us: float
-    max_us: float
+    raw_p99_us: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +60,21 @@ class Scenario:
 
 SCENARIOS = (
     Scenario(32, 9, 1.5, "steady"),
-    Scenario(32, 9, 6.0, "saturated"),
+    Scenario(32, 9, 12.0, "saturated"),
     Scenario(1024, 9, 1.5, "steady"),
-    Scenario(1024, 9, 6.0, "saturated"),
+    Scenario(1024, 9, 12.0, "saturated"),
     Scenario(1024, 1, 1.5, "steady, one pool"),
 )
 
 
 def fleet_view(profile: EnergyProfile, instances: int, pools: int) -> ClusterView:
-    """A view of TP8 instances dealt out over pools in proportion to the mix, at least one each."""
-    classes = REQUEST_CLASSES if pools == 9 else (RequestClass.LL,)
-    weights = np.array(MIX if pools == 9 else (1.0,)) * [1.0 + c.input_size + c.output_size for c in classes]
-    counts = np.maximum(1, np.floor(weights / weights.sum() * instances)).astype(int)
-    counts[-1] += instances - counts.sum()
+    """A view of TP8 instances dealt out over pools in proportion to the work of the mix, at least one each."""
     clock = profile.sm_clocks_mhz[-1]
     step, limits = profile.step(8, clock), EngineLimits(kv_capacity_tokens=profile.kv_capacity_tokens(8))
+    classes = REQUEST_CLASSES if pools == 9 else (RequestClass.LL,)
+    work_s = np.array([share * _work_s(step, c) for share, c in zip(MIX, REQUEST_CLASSES, strict=True)][-pools:])
+    counts = np.maximum(1, np.floor(work_s / work_s.sum() * instances)).astype(int)
+    counts[-1] += instances - counts.sum()
     shape = InstanceShape(MODEL, profile.gpu, 8)
     views = [
         InstanceView(Instance(f"{c.name}-{k}", c.name, shape, "", InstanceState.READY, clock), step, limits)
@@ -79,6 +82,14 @@ def fleet_view(profile: EnergyProfile, instances: int, pools: int) -> ClusterVie
         for k in range(count)
     ]
     return ClusterView(1, 0.0, tuple(PoolView(c.name, MODEL, c) for c in classes), tuple(views))
+
+
+def _work_s(step: StepCoefficients, request_class: RequestClass) -> float:
+    """Time of an instance that a mean request of a class takes, sharing its decode steps with 15 others."""
+    input_tokens = sum(INPUT_TOKENS[request_class.input_size]) / 2
+    output_tokens = sum(OUTPUT_TOKENS[request_class.output_size]) / 2
+    prefill_s = step_time_s(step, input_tokens, input_tokens**2 / 2, 0.0, 0.0)
+    return prefill_s + output_tokens * step_time_s(step, 0.0, 0.0, 16.0, 16.0 * input_tokens) / 16.0
 
 
 def requests_of(scenario: Scenario, count: int, seed: int) -> list[Request]:
@@ -97,8 +108,20 @@ def requests_of(scenario: Scenario, count: int, seed: int) -> list[Request]:
     return made
 
 
-def measure(profile: EnergyProfile, scenario: Scenario, count: int, seed: int) -> list[Cost]:
-    """Run a scenario; the first fifth fills the fleet and is not counted."""
+def measure(profile: EnergyProfile, scenario: Scenario, count: int, seed: int, repeats: int) -> list[Cost]:
+    """Run a scenario several times; the first fifth fills the fleet and is not counted."""
+    runs = [run(profile, scenario, count, seed) for _ in range(repeats)]
+    costs = []
+    for call in runs[0]:
+        us = np.array([times[call][len(times[call]) // 5 :] for times in runs]) / 1e3
+        p50, p99 = np.percentile(us.min(axis=0), (50, 99))
+        raw_p99 = float(np.percentile(us, 99))
+        costs.append(Cost(call, scenario.instances, scenario.name, us.shape[1], float(p50), float(p99), raw_p99))
+    return costs
+
+
+def run(profile: EnergyProfile, scenario: Scenario, count: int, seed: int) -> dict[str, list[int]]:
+    """The time of every call of one run in ns, by the name of the call."""
     router = Router()
     router.update(fleet_view(profile, scenario.instances, scenario.pools), 0.0)
     times: dict[str, list[int]] = {"route": [], "first token": [], "finished + release": []}
@@ -136,32 +159,28 @@ def measure(profile: EnergyProfile, scenario: Scenario, count: int, seed: int) -
         times["route"].append(perf_counter_ns() - start)
         if isinstance(decision, Assigned):
             sent(request, decision, now_s)
-    return [_cost(call, scenario, np.array(ns[len(ns) // 5 :]) / 1e3) for call, ns in times.items()]
-
-
-def _cost(call: str, scenario: Scenario, us: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> Cost:
-    p50, p99 = np.percentile(us, (50, 99))
-    return Cost(call, scenario.instances, scenario.name, len(us), float(p50), float(p99), float(us.max()))
+    return times
 
 
 @click.command()
 @click.option("--requests", default=20_000, show_default=True, help="Requests of each scenario.")
+@click.option("--repeats", default=5, show_default=True, help="Runs of each scenario.")
 @click.option("--profile", "profile_name", default="llama-3.1-70b-fp8-h100", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def main(requests: int, profile_name: str, seed: int, as_json: bool) -> None:
+def main(requests: int, repeats: int, profile_name: str, seed: int, as_json: bool) -> None:
     """Measure what a routing decision costs."""
     profile = load_profile(profile_name)
-    costs = [cost for scenario in SCENARIOS for cost in measure(profile, scenario, requests, seed)]
+    costs = [cost for scenario in SCENARIOS for cost in measure(profile, scenario, requests, seed, repeats)]
     if as_json:
         click.echo(json.dumps([asdict(c) for c in costs], indent=2))
         return
-    click.echo(f"{'instances':>9}  {'load':<18}{'call':<20}{'P50 us':>8}{'P99 us':>8}{'max us':>9}  target")
+    click.echo(f"{'instances':>9}  {'load':<18}{'call':<20}{'P50 us':>8}{'P99 us':>8}{'raw P99':>9}  target")
     for c in costs:
         target = TARGET_US[c.instances] if c.call == "route" and c.load == "steady" else None
         verdict = "" if target is None else f"<= {target:g} {'met' if c.p99_us <= target else 'MISSED'}"
-        row = f"{c.instances:>9}  {c.load:<18}{c.call:<20}{c.p50_us:>8.1f}{c.p99_us:>8.1f}{c.max_us:>9.0f}  {verdict}"
-        click.echo(row)
+        times = f"{c.p50_us:>8.1f}{c.p99_us:>8.1f}{c.raw_p99_us:>9.1f}"
+        click.echo(f"{c.instances:>9}  {c.load:<18}{c.call:<20}{times}  {verdict}")
 
 
 if __name__ == "__main__":

@@ -73,13 +73,15 @@ class Fleet:
         self._max_seqs: list[float] = []  # the column of costs, to write on
         self._asleep: set[str] = set()
         self._foreign: dict[str, _Foreign] = {}
-        self._promises: dict[str, dict[float, int]] = {}  # by instance: how many are owed each TBT
+        self._promises: list[dict[float, int]] = []  # how many on an instance are owed each TBT
 
     def update(self, view: ClusterView) -> None:
         """Take over a new view; what is in flight on instances that stay is kept."""
         index = {v.instance.id: i for i, v in enumerate(view.instances)}
         if len(index) != len(view.instances):
             raise ValueError(f"cluster view {view.version}: two instances have one id; give each its own")
+        promises = {v.instance.id: p for v, p in zip(self.views, self._promises, strict=True)}
+        self._promises = [promises.get(instance_id, {}) for instance_id in index]
         before = {v.instance.id: row for v, row in zip(self.views, zip(*self.load, strict=True), strict=True)}
         rows = [before.get(instance_id, scoring.LOAD_EMPTY) for instance_id in index]
         self.load = Load(*([row[k] for row in rows] for k in range(len(Load._fields))))
@@ -98,7 +100,6 @@ class Fleet:
             if flight.instance_id not in index:
                 flight.instance_id = ""  # gone with its instance; should that come back, it comes back empty
         self._foreign = {k: f for k, f in self._foreign.items() if k in index}
-        self._promises = {k: p for k, p in self._promises.items() if k in index}
         self.pools = {p.name: OpenPool(p.name, []) for p in view.pools}
         self.reopen()
 
@@ -173,11 +174,12 @@ class Fleet:
 
     def sent(self, i: int, request: Request, now_s: float) -> Assigned:
         """Count a request sent to instance ``i``."""
-        costs, load = self.costs, self.load
-        scoring.add(costs, load, i, now_s, request.input_tokens, request.output_tokens, request.slo.tbt_s)
+        tbt_slo_s = request.slo.tbt_s
+        scoring.add(self.costs, self.load, i, now_s, request.input_tokens, request.output_tokens, tbt_slo_s)
         self._refresh(i)
+        promises = self._promises[i]
+        promises[tbt_slo_s] = promises.get(tbt_slo_s, 0) + 1
         answer = self.assigned[i]
-        self._promise(answer.instance_id, request.slo.tbt_s)
         self.flights[request.id] = Flight(request, answer.instance_id)
         return answer
 
@@ -200,19 +202,16 @@ class Fleet:
         if i is not None:
             request = flight.request
             scoring.remove(self.load, i, request.input_tokens, request.output_tokens)
-            self._release_promise(i, flight.instance_id, request.slo.tbt_s)
+            self._release_promise(i, request.slo.tbt_s)
             self._refresh(i)
         return flight
 
-    def _promise(self, instance_id: str, tbt_s: float) -> None:
-        promises = self._promises.setdefault(instance_id, {})
-        promises[tbt_s] = promises.get(tbt_s, 0) + 1
-
-    def _release_promise(self, i: int, instance_id: str, tbt_s: float) -> None:
-        promises = self._promises[instance_id]
-        promises[tbt_s] -= 1
-        if promises[tbt_s] == 0:
-            del promises[tbt_s]
+    def _release_promise(self, i: int, tbt_s: float) -> None:
+        promises = self._promises[i]
+        left = promises.pop(tbt_s) - 1
+        if left:
+            promises[tbt_s] = left
+        else:
             self.load.tbt_limit_s[i] = min(promises, default=scoring.UNPROMISED_S)
 
     def _refresh(self, i: int) -> None:

@@ -122,10 +122,11 @@ class Router:
         )
 
     def _find_least_late(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
+        """Of a window of every pool, the instance with room that gives a first token soonest."""
         fleet = self.fleet
-        candidates = [i for pool in path.all for window in pool.windows for i in fleet.without(window, exclude)]
+        some = [i for pool in path.all for window in pool.in_turn()[:1] for i in fleet.without(window, exclude)]
         return scoring.choose_least_late(
-            candidates, fleet.costs, fleet.load, now_s, request.input_tokens, request.output_tokens
+            some, fleet.costs, fleet.load, now_s, request.input_tokens, request.output_tokens
         )
 
     # The queue --------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def cost_row(
 
 def decode_step_s(c: StepCoefficients, in_flight: float, context_tokens: float) -> float:
     """A step that decodes all those in flight; of an empty instance, a lone token. For ``settle``."""
-    return step_time_s(c, 0.0, 0.0, max(in_flight, 1.0), context_tokens)
+    return step_time_s(c, 0.0, 0.0, in_flight if in_flight > 1.0 else 1.0, context_tokens)
 
 
 def prefill_s(costs: Costs, load: Load, i: int, input_tokens: float) -> float:
@@ -173,7 +173,7 @@ def choose(
     kind_now = -1.0
     context_s = attention_s = base_j = steps_j = 0.0
     best = NONE
-    best_score = 0.0
+    best_score = 1e300
     for i in candidates:
         if free_tokens[i] < all_tokens:
             continue
@@ -183,6 +183,10 @@ def choose(
             attention_s = 0.5 * costs.attention_s[i] * input_tokens * input_tokens
             base_j = work_j(costs, i, input_tokens, output_tokens)
             steps_j = costs.step_j[i] * output_tokens
+        seqs = in_flight[i]
+        energy_j = base_j + steps_j / (seqs + 1.0)
+        if energy_j >= best_score:  # pressure only adds to it
+            continue
         prefill = input_tokens * prompt_s[i] + attention_s
         first = step_s[i] + prefill
         done_s = prefill_done_s[i]
@@ -193,10 +197,9 @@ def choose(
         if first >= ttft_limit_s:
             continue
         between = between_s[i] + context_s
-        limit_s = tbt_limit_s[i]
-        seqs = in_flight[i]
         if seqs > 0.0:
             between += prefill * per_output
+        limit_s = tbt_limit_s[i]
         if limit_s > tbt_slo_s:
             limit_s = tbt_slo_s
         limit_s *= margin
@@ -206,8 +209,8 @@ def choose(
         pressure_ttft = first / ttft_limit_s
         if pressure_ttft > pressure:
             pressure = pressure_ttft
-        score = (base_j + steps_j / (seqs + 1.0)) * (1.0 + spread * pressure / (1.0 - pressure))
-        if best == NONE or score < best_score:
+        score = energy_j * (1.0 + spread * pressure / (1.0 - pressure))
+        if score < best_score:
             best = i
             best_score = score
     return best
@@ -263,14 +266,17 @@ def add(
     costs: Costs, load: Load, i: int, now_s: float, input_tokens: float, output_tokens: float, tbt_slo_s: float
 ) -> None:
     """Count a request sent to instance ``i``. ``settle`` it after."""
-    start_s = max(now_s, load.prefill_done_s[i])
-    load.prefill_done_s[i] = start_s + load.step_s[i] + prefill_s(costs, load, i, input_tokens)
-    load.in_flight[i] += 1.0
-    load.pending_tokens[i] += input_tokens
-    load.context_tokens[i] += input_tokens + 0.5 * output_tokens
-    load.reserved_tokens[i] += input_tokens + output_tokens
-    load.prompt_share[i] += input_tokens / max(output_tokens, 1.0)
-    load.tbt_limit_s[i] = min(load.tbt_limit_s[i], tbt_slo_s)
+    in_flight, pending_tokens, prefill_done_s, context_tokens, reserved_tokens, prompt_share, tbt_limit_s = load[:7]
+    start_s = prefill_done_s[i] if prefill_done_s[i] > now_s else now_s
+    prompt_s = load.prompt_s[i] + 0.5 * costs.attention_s[i] * input_tokens
+    prefill_done_s[i] = start_s + load.step_s[i] + input_tokens * prompt_s
+    in_flight[i] += 1.0
+    pending_tokens[i] += input_tokens
+    context_tokens[i] += input_tokens + 0.5 * output_tokens
+    reserved_tokens[i] += input_tokens + output_tokens
+    prompt_share[i] += input_tokens / max(output_tokens, 1.0)
+    if tbt_slo_s < tbt_limit_s[i]:
+        tbt_limit_s[i] = tbt_slo_s
 
 
 def start(load: Load, i: int, now_s: float, input_tokens: float) -> None:
@@ -306,14 +312,15 @@ def remove(load: Load, i: int, input_tokens: float, output_tokens: float) -> Non
 
 def settle(costs: Costs, load: Load, i: int, step_s: float) -> None:
     """Derive what follows from the load of instance ``i``; ``step_s`` is ``decode_step_s`` of it."""
+    steps_s, between_s, prompt_s, free_tokens = load[7:]
     token_s = costs.token_s[i]
-    load.step_s[i] = step_s
-    load.between_s[i] = step_s + token_s * load.prompt_share[i] + costs.seq_s[i]
-    load.prompt_s[i] = token_s + step_s / costs.chunk_tokens[i]
+    steps_s[i] = step_s
+    between_s[i] = step_s + token_s * load.prompt_share[i] + costs.seq_s[i]
+    prompt_s[i] = token_s + step_s / costs.chunk_tokens[i]
     if load.in_flight[i] < costs.max_seqs[i]:
-        load.free_tokens[i] = costs.kv_capacity_tokens[i] - load.reserved_tokens[i]
+        free_tokens[i] = costs.kv_capacity_tokens[i] - load.reserved_tokens[i]
     else:
-        load.free_tokens[i] = -1.0
+        free_tokens[i] = -1.0
 
 
 def take_turn(weights: Sequence[float], credit: MutableSequence[float]) -> int:

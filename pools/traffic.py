@@ -5,7 +5,7 @@ Running totals only: who wants a rate takes the difference of two snapshots over
 
 from dataclasses import dataclass
 
-from pools.classes import RequestClass
+from pools.classes import REQUEST_CLASSES, RequestClass
 from pools.request import Request
 
 
@@ -23,14 +23,13 @@ class Traffic:
     """Counts by (model, class)."""
 
     def __init__(self) -> None:
-        self._totals: dict[tuple[str, int], list[int]] = {}
+        self._totals: dict[str, list[list[int]]] = {}
 
     def _of(self, request: Request) -> list[int]:
-        key = (request.model, request.request_class)
-        totals = self._totals.get(key)
+        totals = self._totals.get(request.model)
         if totals is None:
-            totals = self._totals[key] = [0, 0, 0, 0]
-        return totals
+            totals = self._totals[request.model] = [[0, 0, 0, 0] for _ in REQUEST_CLASSES]
+        return totals[request.request_class]
 
     def arrived(self, request: Request) -> None:
         """Count a request that asks to be routed."""
@@ -45,5 +44,5 @@ class Traffic:
         totals[3] += output_tokens
 
     def snapshot(self) -> dict[tuple[str, RequestClass], ClassTraffic]:
-        """The totals now."""
-        return {(model, RequestClass(c)): ClassTraffic(*totals) for (model, c), totals in self._totals.items()}
+        """The totals now, of every class of every model seen."""
+        return {(model, c): ClassTraffic(*totals[c]) for model, totals in self._totals.items() for c in REQUEST_CLASSES}
