@@ -1,0 +1,1 @@
+"""What touches the clock and the network for the experiments."""

@@ -1,0 +1,250 @@
+"""HttpStreams: many concurrent streamed completions over keep-alive connections, cheaply.
+
+A protocol class on httptools rather than a general client: per event it costs a few microseconds, so that a thousand
+streams do not make the replay itself late. It keeps one rule of its own: a request whose reused connection turns out
+closed before any byte of an answer is sent once more on a fresh one.
+"""
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from benchmarks.replay import Clock, Outcome, ReplayRequest
+from benchmarks.replay_stream import StreamReader, status_reason
+
+_IDLE_LIMIT_S = 2.0  # servers close idle connections after 5 s and more
+_ERROR_BODY_BYTES = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where requests go."""
+
+    url: str
+    host: str
+    port: int
+    tls: bool
+    path: str  # before /v1
+    api_key: str | None = None
+
+    @staticmethod
+    def of(url: str, api_key: str | None = None) -> "Target":
+        """From a base URL, with or without a trailing /v1. Raises ValueError naming what is wrong with it."""
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is not a URL like http://127.0.0.1:8080")
+        tls = parts.scheme == "https"
+        path = parts.path.rstrip("/").removesuffix("/v1")
+        port = parts.port or (443 if tls else 80)
+        return Target(f"{parts.scheme}://{parts.netloc}{path}", parts.hostname, port, tls, path, api_key)
+
+    def message(self, path: str, body: bytes) -> bytes:
+        """A whole POST message."""
+        key = f"authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
+        head = (
+            f"POST {self.path}{path} HTTP/1.1\r\nhost: {self.host}:{self.port}\r\n{key}"
+            f"content-type: application/json\r\naccept: text/event-stream\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        return head.encode("latin-1") + body
+
+
+class _Connection(asyncio.Protocol):
+    """One connection; carries one exchange at a time."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._parser = httptools.HttpResponseParser(self)
+        self._now_s = 0.0
+        self.transport: asyncio.Transport | None = None
+        self.used = False
+        self.idle_since_s = 0.0
+        self.reusable = False
+        self._ended: asyncio.Future[None] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.reader = StreamReader()
+        self.status = 0
+        self.any_byte = False
+        self.complete = False
+        self.dropped_reason: str | None = None
+        self.energy_mj: float | None = None
+        self.error_body = b""
+        self.broken: str | None = None
+
+    async def exchange(self, message: bytes) -> None:
+        """Write the message; return when the answer is whole or the connection is lost."""
+        assert self.transport is not None
+        self._begin()
+        self._ended = asyncio.get_running_loop().create_future()
+        self.transport.write(message)
+        await self._ended
+
+    def close(self) -> None:
+        """Drop the connection and what is on it."""
+        self.reusable = False
+        if self.transport is not None:
+            self.transport.abort()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.reusable = True
+
+    def data_received(self, data: bytes) -> None:
+        self.any_byte = True
+        self._now_s = self._clock.now_s()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.broken = f"not HTTP: {error}"
+            self.close()
+            self._finish()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.reusable = False
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+
+    # httptools
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        lowered = name.lower()
+        if lowered == b"x-dynamollm-energy-mj":
+            try:
+                self.energy_mj = float(value)
+            except ValueError:
+                self.energy_mj = None
+        elif lowered == b"x-llm-d-request-dropped-reason":
+            self.dropped_reason = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        if self.status == 200:
+            self.reader.feed(body, self._now_s)
+        elif len(self.error_body) < _ERROR_BODY_BYTES:
+            self.error_body += body
+
+    def on_message_complete(self) -> None:
+        if self.status < 200:  # interim answers
+            return
+        self.complete = True
+        self.used = True
+        self.reusable = self.reusable and self._parser.should_keep_alive()
+        self._finish()
+
+    # what became of it
+
+    def failure(self) -> str | None:
+        """Why the exchange did not end well; None if it did."""
+        if self.broken is not None:
+            return self.broken
+        if self.status and self.status != 200:
+            return status_reason(self.status, self.error_body, self.dropped_reason)
+        if self.reader.failure is not None:
+            return self.reader.failure
+        if not self.any_byte:
+            return "connection closed without an answer"
+        if not self.complete:
+            return "connection closed in the middle of the answer"
+        if not self.reader.done:
+            return "the stream ended without [DONE]"
+        return None
+
+
+class HttpStreams:
+    """An ``Endpoint`` over real sockets; ``body`` renders the JSON of a request."""
+
+    def __init__(
+        self, target: Target, path: str, body: Callable[[ReplayRequest], bytes], clock: Clock, timeout_s: float
+    ) -> None:
+        self._target = target
+        self._path = path
+        self._body = body
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self._idle: deque[_Connection] = deque()
+        self._tls = ssl.create_default_context() if target.tls else None
+
+    async def complete(self, request: ReplayRequest) -> Outcome:
+        """Send the request, read the whole stream."""
+        message = self._target.message(self._path, self._body(request))
+        sent_s = self._clock.now_s()
+        connection: _Connection | None = None
+        failure: str | None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                connection = await self._connection()
+                again = connection.used
+                await connection.exchange(message)
+                if again and not connection.any_byte:  # closed by the target while it was idle
+                    connection.close()
+                    connection = await self._fresh()
+                    await connection.exchange(message)
+            failure = connection.failure()
+        except TimeoutError:
+            failure = f"no end after {self._timeout_s:g} s"
+        except OSError as error:
+            failure = f"cannot connect: {error.strerror or error}"
+        except asyncio.CancelledError:
+            if connection is not None:
+                connection.close()
+            raise
+        end_s = self._clock.now_s()
+        if connection is None:
+            return Outcome(sent_s, end_s, failure)
+        return self._outcome(connection, sent_s, end_s, failure)
+
+    def close(self) -> None:
+        """Close the connections that wait for the next request."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _outcome(self, connection: _Connection, sent_s: float, end_s: float, failure: str | None) -> Outcome:
+        if failure is None and connection.reusable:
+            connection.idle_since_s = end_s
+            self._idle.append(connection)
+        else:
+            connection.close()
+        reader = connection.reader
+        energy_mj = reader.energy_mj if reader.energy_mj is not None else connection.energy_mj
+        return Outcome(
+            sent_s,
+            end_s,
+            failure,
+            reader.first_s,
+            tuple(reader.token_s),
+            reader.prompt_tokens,
+            reader.completion_tokens,
+            None if energy_mj is None else energy_mj / 1000,
+        )
+
+    async def _connection(self) -> _Connection:
+        """The connection used last, if it is still good; else a fresh one."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable and self._clock.now_s() - connection.idle_since_s < _IDLE_LIMIT_S:
+                return connection
+            connection.close()
+        return await self._fresh()
+
+    async def _fresh(self) -> _Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: _Connection(self._clock),
+            self._target.host,
+            self._target.port,
+            ssl=self._tls,
+        )
+        return connection
