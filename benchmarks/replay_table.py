@@ -1,5 +1,6 @@
 """A ReplayReport as text for people."""
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -7,7 +8,9 @@ from benchmarks.replay_report import ClassReport, Percentiles, ReplayReport
 
 
 def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.4g}" if seconds < 1 else f"{seconds * 1000:.0f}"
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:.0f}"
 
 
 def _percent(share: float | None) -> str:
@@ -17,12 +20,11 @@ def _percent(share: float | None) -> str:
 def class_table(report: ReplayReport) -> Table:
     """One row a class, and one for all."""
     with_energy = report.total.energy_j is not None
-    table = Table(title=f"{report.trace} on {report.model} at {report.url}", title_justify="left")
+    table = Table(title=f"{report.trace} on {report.model} at {report.url}", title_justify="left", box=box.SIMPLE)
     table.add_column("class")
-    for column in ("requests", "TTFT P50", "P99 ms", "TBT P50", "P99 ms", "in SLO %", "out tok/s", "errors"):
+    columns = ["requests", "TTFT ms\nP50", "\nP99", "TBT ms\nP50", "\nP99", "in SLO\n%", "output\ntok/s", "errors"]
+    for column in columns + ["energy\nJ/req"] * with_energy:
         table.add_column(column, justify="right")
-    if with_energy:
-        table.add_column("J/request", justify="right")
 
     def add(name: str, results: ClassReport) -> None:
         cells = [
