@@ -162,6 +162,14 @@ class Reshard(_Ordered):
 
 
 @dataclass(frozen=True, slots=True)
+class Reassign(_Ordered):
+    """The instance belongs to this pool: it is given that pool's requests from now on, and finishes what it has."""
+
+    instance_id: str
+    pool: str
+
+
+@dataclass(frozen=True, slots=True)
 class SetFrequency(_Ordered):
     """The SM clock of all GPUs of the instance is this."""
 
@@ -215,7 +223,7 @@ class Escalate(_Ordered):
     measure: Escalation
 
 
-Action = ScaleOut | ScaleIn | Reshard | SetFrequency | Park | Wake | Route | Escalate
+Action = ScaleOut | ScaleIn | Reshard | Reassign | SetFrequency | Park | Wake | Route | Escalate
 
 
 @dataclass(frozen=True, slots=True)
