@@ -6,6 +6,8 @@ from rich.table import Table
 
 from benchmarks.replay_report import ClassReport, Percentiles, ReplayReport
 
+_BOX = box.SIMPLE_HEAD  # narrow: eighty columns must do
+
 
 def _ms(seconds: float | None) -> str:
     if seconds is None:
@@ -20,11 +22,13 @@ def _percent(share: float | None) -> str:
 def class_table(report: ReplayReport) -> Table:
     """One row a class, and one for all."""
     with_energy = report.total.energy_j is not None
-    table = Table(title=f"{report.trace} on {report.model} at {report.url}", title_justify="left", box=box.SIMPLE)
+    table = Table(
+        title=f"{report.trace} on {report.model} at {report.url}", title_justify="left", box=_BOX, pad_edge=False
+    )
     table.add_column("class")
-    columns = ["requests", "TTFT ms\nP50", "\nP99", "TBT ms\nP50", "\nP99", "in SLO\n%", "output\ntok/s", "errors"]
-    for column in columns + ["energy\nJ/req"] * with_energy:
-        table.add_column(column, justify="right")
+    columns = ["reqs", "TTFT ms\nP50", "\nP99", "TBT ms\nP50", "\nP99", "in SLO\n%", "out\ntok/s", "errs"]
+    for column in columns + ["J/req"] * with_energy:
+        table.add_column(column, justify="right", no_wrap=True)
 
     def add(name: str, results: ClassReport) -> None:
         cells = [
