@@ -4,13 +4,16 @@ It turns settings into instance specifications (which GPUs, which clock), takes 
 router its immutable ClusterView and the gateway its directory of models and addresses.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
 
 from dynamollm.placement import Placement
 from dynamollm.settings import NodeSettings, PoolSettings, Settings
 from energy.profile import EnergyProfile
-from pools.classes import RequestClass
+from pools.classes import REQUEST_CLASSES, RequestClass
 from pools.drivers.port import InstanceEvent, InstanceSpec
 from pools.instances import Instance, InstanceShape, InstanceState
 from pools.view import ClusterView, EngineLimits, InstanceView, PoolView
@@ -48,6 +51,7 @@ class Deployment:
         }
         self._addresses: dict[str, Address] = {}
         self._counts: dict[str, int] = {}
+        self._shares: dict[tuple[str, RequestClass], tuple[tuple[str, float], ...]] = {}
         self._version = 0
 
     # --- specifications --------------------------------------------------------------------------------------------
@@ -109,6 +113,18 @@ class Deployment:
             self.instances[instance_id] = replace(instance, sm_clock_mhz=sm_clock_mhz)
             self._version += 1
 
+    def set_shares(self, pools: Sequence[str], pool_share: npt.NDArray[np.float64]) -> None:
+        """Spread each (model, class) over pools as a plan says; ``pool_share[k, p]`` with k model-major, 9 classes."""
+        shares = {}
+        for model_index, model in enumerate(self._models):
+            for request_class in REQUEST_CLASSES:
+                row = pool_share[len(REQUEST_CLASSES) * model_index + request_class]
+                spread = tuple((pools[p], float(row[p])) for p in np.flatnonzero(row > 0.0))
+                if spread:
+                    shares[model, request_class] = spread
+        self._shares = shares
+        self._version += 1
+
     # --- views -----------------------------------------------------------------------------------------------------
 
     def routing_view(self, now_s: float) -> ClusterView:
@@ -118,6 +134,7 @@ class Deployment:
             as_of_s=now_s,
             pools=tuple(PoolView(p.name, p.model, RequestClass[p.request_class]) for p in self.settings.pools),
             instances=tuple(self._instance_view(instance) for instance in self.instances.values()),
+            shares=self._shares,
         )
 
     def _instance_view(self, instance: Instance) -> InstanceView:

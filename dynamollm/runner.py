@@ -31,6 +31,9 @@ class RoutedFleet(Protocol):
     def observe(self, instance_id: str, load: EngineLoad, now_s: float) -> None:
         """Take in what an engine says of its load."""
 
+    def in_flight(self, instance_id: str) -> int:
+        """Requests sent to an instance that have not ended."""
+
 
 class EngineProbe(Protocol):
     """Asks an engine how loaded it is."""
@@ -75,7 +78,7 @@ class Runner:
                 starting = [self._tasks.create_task(self._start(spec)) for spec in self._deployment.configured()]
                 self._tasks.create_task(self._watch_settling(starting))
                 async for event in events:
-                    self._take_in(event)
+                    self.take_in(event)
         finally:
             await self._driver.close()
 
@@ -92,37 +95,59 @@ class Runner:
         if InstanceState.STARTING not in states and (states or self._failures):
             self._settled.set()
 
-    async def _start(self, spec: InstanceSpec) -> None:
+    # --- what operations use (see ``dynamollm.operations.Cluster``) ---------------------------------------------------
+
+    async def start_instance(self, spec: InstanceSpec) -> None:
+        """Start an instance and watch it. Raises ``DriverError``; its GPUs are then free again."""
         self._specs[spec.id] = spec
         try:
             instance = await self._driver.start(spec)
-        except DriverError as error:
-            log.error("instance %s cannot start: %s", spec.id, error)
+        except DriverError:
             del self._specs[spec.id]
             self._deployment.placement.release(spec.gpus)
-            self._replace_later(spec)
-            return
+            raise
         self._deployment.put(instance)
-        self._publish()
+        self.publish()
         if (early := self._early.pop(spec.id, None)) is not None:
-            self._take_in(early)
+            self.take_in(early)
 
-    def _take_in(self, event: InstanceEvent) -> None:
+    def take_in(self, event: InstanceEvent) -> None:
+        """Take in a change of state; one that failed is replaced."""
         before = self._deployment.instances.get(event.instance_id)
         after = self._deployment.change(event)
         if after is None:
             if event.instance_id in self._specs:
                 self._early[event.instance_id] = event
             return
-        self._publish()
+        self.publish()
         if event.state is InstanceState.READY:
             self._failures.pop(after.pool, None)
             log.info("instance %s is ready at %s", after.id, after.url)
+        elif event.state is InstanceState.STOPPED:
+            self._specs.pop(after.id, None)
         elif event.state is InstanceState.FAILED:
             was = before.state.value if before else "unknown"
             log.warning("instance %s failed while %s: %s", after.id, was, event.reason or "no reason given")
             self._replace_later(self._specs.pop(after.id))
         self._check_settled()
+
+    def publish(self) -> None:
+        """Show the router how the cluster is now."""
+        now_s = self._clock()
+        self._router.update(self._deployment.routing_view(now_s), now_s)
+
+    def in_flight(self, instance_id: str) -> int:
+        """Requests this gateway has sent to an instance and not seen end."""
+        return self._router.in_flight(instance_id)
+
+    # --- keeping up --------------------------------------------------------------------------------------------------
+
+    async def _start(self, spec: InstanceSpec) -> None:
+        try:
+            await self.start_instance(spec)
+        except DriverError as error:
+            log.error("instance %s cannot start: %s", spec.id, error)
+            self._replace_later(spec)
 
     def _replace_later(self, spec: InstanceSpec) -> None:
         self._failures[spec.pool] = self._failures.get(spec.pool, 0) + 1
@@ -134,10 +159,6 @@ class Runner:
         await asyncio.sleep(delay_s)
         await self._driver.stop(spec.id, grace_s=0.0)  # whatever is left of it holds its GPUs
         await self._start(self._deployment.specify(spec.pool, spec.shape.tp, spec.sm_clock_mhz))
-
-    def _publish(self) -> None:
-        now_s = self._clock()
-        self._router.update(self._deployment.routing_view(now_s), now_s)
 
     async def _scrape(self) -> None:
         """Ask every engine in turn, spread over the period so that no two are parsed back to back."""

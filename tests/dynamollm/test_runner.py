@@ -30,6 +30,9 @@ class SeenRouter:
     def observe(self, instance_id: str, load: EngineLoad, now_s: float) -> None:
         self.loads.append((instance_id, now_s))
 
+    def in_flight(self, instance_id: str) -> int:
+        return 0
+
     def ready(self) -> list[str]:
         return [v.instance.id for v in self.views[-1].instances if v.instance.state is InstanceState.READY]
 
