@@ -25,7 +25,7 @@ def class_table(report: ReplayReport) -> Table:
     table = Table(
         title=f"{report.trace} on {report.model} at {report.url}", title_justify="left", box=_BOX, pad_edge=False
     )
-    table.add_column("class")
+    table.add_column("class", no_wrap=True)
     columns = ["reqs", "TTFT ms\nP50", "\nP99", "TBT ms\nP50", "\nP99", "in SLO\n%", "out\ntok/s", "errs"]
     for column in columns + ["J/req"] * with_energy:
         table.add_column(column, justify="right", no_wrap=True)
@@ -92,4 +92,4 @@ def print_report(report: ReplayReport, console: Console) -> None:
     """Print the table and the lines under it."""
     console.print(class_table(report))
     for line in summary_lines(report):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
