@@ -113,6 +113,12 @@ class Deployment:
             self.instances[instance_id] = replace(instance, sm_clock_mhz=sm_clock_mhz)
             self._version += 1
 
+    def set_pool(self, instance_id: str, pool_name: str) -> None:
+        """Let an instance serve in another pool from now on; unknown instances are ignored."""
+        if (instance := self.instances.get(instance_id)) is not None:
+            self.instances[instance_id] = replace(instance, pool=pool_name)
+            self._version += 1
+
     def set_shares(self, pools: Sequence[str], pool_share: npt.NDArray[np.float64]) -> None:
         """Spread each (model, class) over pools as a plan says; ``pool_share[k, p]`` with k model-major, 9 classes."""
         shares = {}

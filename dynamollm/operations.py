@@ -21,7 +21,7 @@ from dynamollm.deployment import Deployment
 from dynamollm.placement import NoRoomError
 from pools.drivers.port import DriverError, InstanceDriver, InstanceEvent, InstanceSpec
 from pools.instances import Instance, InstanceState
-from solver.control import Action, Escalate, Park, Reshard, Route, ScaleIn, ScaleOut, SetFrequency, Wake
+from solver.control import Action, Escalate, Park, Reassign, Reshard, Route, ScaleIn, ScaleOut, SetFrequency, Wake
 
 log = logging.getLogger("dynamollm.operations")
 
@@ -151,6 +151,8 @@ class Operations:
                 return self._scale_in(action.instance_id, action)
             case Reshard():
                 return self._reshard(action)
+            case Reassign():
+                return self._reassign(action)
             case SetFrequency():
                 return self._set_clock(action.instance_id, action.sm_clock_mhz)
             case Park():
@@ -210,6 +212,10 @@ class Operations:
 
     def _starting(self, orders: Iterable[ScaleOut]) -> bool:
         return any(self._state(order.instance_id) is InstanceState.STARTING for order in orders)
+
+    async def _reassign(self, action: Reassign) -> None:
+        self._deployment.set_pool(action.instance_id, action.pool)
+        self._cluster.publish()
 
     async def _set_clock(self, instance_id: str, sm_clock_mhz: int) -> None:
         instance = self._deployment.instances.get(instance_id)

@@ -17,7 +17,7 @@ from pools.drivers.port import DriverError
 from pools.instances import InstanceState
 from pools.view import ClusterView, EngineLoad
 from simulator.virtual_loop import run
-from solver.control import Park, Reshard, Route, ScaleIn, ScaleOut, SetFrequency, Wake
+from solver.control import Park, Reassign, Reshard, Route, ScaleIn, ScaleOut, SetFrequency, Wake
 
 
 class Router:
@@ -293,6 +293,17 @@ def test_shares_of_a_route_reach_the_router():
         world.operations.apply([Route(deadline_s=1e9, pools=names, pool_share=share)])
         await world.operations.settled()
         assert dict(world.router.view.shares) == {("llama-3.1-70b", 0): (("MM", 0.25), ("LL", 0.75))}
+
+    in_world(scenario)
+
+
+def test_an_instance_can_serve_in_another_pool():
+    async def scenario(world: World) -> None:
+        world.operations.apply([Reassign(deadline_s=1e9, instance_id="ss-1", pool="SM")])
+        world.operations.apply([Reassign(deadline_s=1e9, instance_id="nobody", pool="SM")])
+        await world.operations.settled()
+        assert [v.instance.pool for v in world.router.view.instances if v.instance.id == "ss-1"] == ["SM"]
+        assert world.outcomes() == [Outcome.DONE] * 2
 
     in_world(scenario)
 
