@@ -115,6 +115,7 @@ class Relay:
         "_arrivals_s",
         "_assigned",
         "_attempts",
+        "_chunks",
         "_client",
         "_content_type",
         "_events",
@@ -149,6 +150,7 @@ class Relay:
         self._usage: Usage | None = None
         self._first_s: float | None = None
         self._arrivals_s: list[float] = []  # of events whose gaps are not counted yet
+        self._chunks = 0  # events whose gaps are
 
     # What happens to the request
 
@@ -305,7 +307,7 @@ class Relay:
         if status >= 500 or status == 429:
             self._try_elsewhere(error, f"status-{status}", now_s)
             return
-        self._services.router.on_finished(self._admitted.request.id, now_s)
+        self._services.router.on_finished(self._admitted.request.id, 0, now_s)
         self._answer_error(error, now_s)
 
     def _commit(self, now_s: float) -> None:
@@ -337,7 +339,7 @@ class Relay:
         self._first_s = now_s
         if self._admitted.tier is not None:
             body = with_tier(body, self._admitted.tier)
-        self._services.router.on_finished(self._admitted.request.id, now_s)
+        self._services.router.on_finished(self._admitted.request.id, self._output_tokens(), now_s)
         outcome = self._outcome(self._status, now_s, cancelled=False)
         energy_j = self._services.energy_j(outcome) if self._services.energy_j is not None else None
         energy = b"" if energy_j is None else b"x-dynamollm-energy-mj: %d\r\n" % round(energy_j * 1000)
@@ -356,7 +358,7 @@ class Relay:
             self._client.write((wire.chunk(rest) if rest else b"") + wire.LAST_CHUNK)
         elif rest:
             self._client.write(rest)
-        self._services.router.on_finished(self._admitted.request.id, now_s)
+        self._services.router.on_finished(self._admitted.request.id, self._output_tokens(), now_s)
         self._done(self._status, now_s)
 
     def _die(self, error: ApiError, kind: str, now_s: float) -> None:
@@ -423,6 +425,12 @@ class Relay:
             cancelled,
         )
 
+    def _output_tokens(self) -> int:
+        """As the engine counted; where it did not, one an event."""
+        if self._usage is not None and self._usage.completion_tokens is not None:
+            return self._usage.completion_tokens
+        return self._chunks + len(self._arrivals_s)
+
     def _account(self, outcome: Outcome) -> None:
         if self._arrivals_s:
             self._count_gaps()
@@ -437,6 +445,7 @@ class Relay:
         labels = (request.model, request.request_class.name, assigned.pool if assigned else "")
         gaps_s = [later - earlier for earlier, later in pairwise(arrivals_s)]
         self._services.metrics.tbt.observe_all(labels, gaps_s)
+        self._chunks += len(gaps_s)
         del arrivals_s[:-1]
 
     # Heads

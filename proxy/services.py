@@ -27,7 +27,7 @@ class Router(Protocol):
     def on_first_token(self, request_id: str, now_s: float) -> None:
         """Its first token came."""
 
-    def on_finished(self, request_id: str, now_s: float) -> None:
+    def on_finished(self, request_id: str, output_tokens: int, now_s: float) -> None:
         """Its answer is complete."""
 
     def on_failed(self, request_id: str, instance_id: str, now_s: float) -> None:

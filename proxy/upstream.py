@@ -123,11 +123,19 @@ class Connection(asyncio.Protocol):
         self._begin()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of the answer: parse, then tell the relay, in this order."""
+        """Bytes of the answer, or of nobody's."""
         relay = self._relay
         if relay is None:
             self._close()
             return
+        try:
+            self._receive(data, relay)
+        except Exception:  # a fault of ours: no client shall wait for what never comes
+            self._fail(Failure.BROKEN)
+            raise
+
+    def _receive(self, data: bytes, relay: Relay) -> None:
+        """Parse, then tell the relay, in this order."""
         self._silent = False
         awaiting_head = self._status < _INTERIM
         try:

@@ -212,7 +212,7 @@ class PlainRouter:
     def on_first_token(self, request_id, now_s):
         self.told.append(("first", request_id))
 
-    def on_finished(self, request_id, now_s):
+    def on_finished(self, request_id, output_tokens, now_s):
         self._left("finished", request_id)
 
     def on_failed(self, request_id, instance_id, now_s):

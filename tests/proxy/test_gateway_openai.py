@@ -111,12 +111,11 @@ def test_an_error_inside_a_stream_is_raised():
         peer.reset()
 
     async def scenario():
-        async with Engine(dies) as engine, running(engine) as gateway:
-            async with client_of(gateway, openai.AsyncOpenAI) as client:
-                stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
-                with pytest.raises(openai.APIError, match="failed"):
-                    async for _ in stream:
-                        pass
+        async with Engine(dies) as engine, running(engine) as gateway, client_of(gateway, openai.AsyncOpenAI) as client:
+            stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+            with pytest.raises(openai.APIError, match="failed"):
+                async for _ in stream:
+                    pass
 
     play(scenario)
 
@@ -152,11 +151,11 @@ def test_engine_errors_keep_their_type():
         await peer.send(answer(400, body))
 
     async def scenario():
-        async with Engine(refuses, like_vllm) as engine, running(engine) as gateway:
-            async with client_of(gateway, openai.AsyncOpenAI) as client:
-                with pytest.raises(openai.BadRequestError) as caught:
-                    await client.chat.completions.create(model="tiny", messages=MESSAGES)
-                assert caught.value.param == "input_tokens"
+        scripts = Engine(refuses, like_vllm)
+        async with scripts as engine, running(engine) as gateway, client_of(gateway, openai.AsyncOpenAI) as client:
+            with pytest.raises(openai.BadRequestError) as caught:
                 await client.chat.completions.create(model="tiny", messages=MESSAGES)
+            assert caught.value.param == "input_tokens"
+            await client.chat.completions.create(model="tiny", messages=MESSAGES)
 
     play(scenario)
