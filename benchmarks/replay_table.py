@@ -1,12 +1,9 @@
 """A ReplayReport as text for people."""
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.replay_report import ClassReport, Percentiles, ReplayReport
-
-_BOX = box.SIMPLE_HEAD  # narrow: eighty columns must do
 
 
 def _ms(seconds: float | None) -> str:
@@ -22,9 +19,8 @@ def _percent(share: float | None) -> str:
 def class_table(report: ReplayReport) -> Table:
     """One row a class, and one for all."""
     with_energy = report.total.energy_j is not None
-    table = Table(
-        title=f"{report.trace} on {report.model} at {report.url}", title_justify="left", box=_BOX, pad_edge=False
-    )
+    title = f"{report.trace} on {report.model} at {report.url}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))  # narrow: 80 columns must do
     table.add_column("class", no_wrap=True)
     columns = ["reqs", "TTFT ms\nP50", "\nP99", "TBT ms\nP50", "\nP99", "in SLO\n%", "out\ntok/s", "errs"]
     for column in columns + ["J/req"] * with_energy:
@@ -49,7 +45,7 @@ def class_table(report: ReplayReport) -> Table:
 
     for name, results in report.classes.items():
         add(name, results)
-    table.add_section()
+    table.add_row()
     add("all", report.total)
     return table
 

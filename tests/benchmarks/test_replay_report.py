@@ -149,7 +149,7 @@ def printed(got) -> str:
 
 def test_the_table_tells_everything_that_was_counted():
     tally = Tally(ClassSlos())
-    tally.add(request(0), finished(energy_j=2.0))
+    tally.add(request(0), finished(energy_j=2.0, ttft_s=12.345, gap_s=1.2))
     tally.add(request(1, input_tokens=500), finished(energy_j=4.0, sent_s=0.004))
     tally.add(request(2), Outcome(0.0, 1.0, "HTTP 429 rejected-saturated"))
     tally.add(request(3, output_tokens=8), finished())
