@@ -23,6 +23,7 @@ from typing import NamedTuple
 from energy.profile import StepCoefficients, step_time_s
 
 NONE = -1  # no instance
+ANY_TOKENS = 1e18
 UNPROMISED_S = 1e9  # TBT limit of an instance that owes nobody anything
 
 
@@ -317,10 +318,12 @@ def settle(costs: Costs, load: Load, i: int, step_s: float) -> None:
     steps_s[i] = step_s
     between_s[i] = step_s + token_s * load.prompt_share[i] + costs.seq_s[i]
     prompt_s[i] = token_s + step_s / costs.chunk_tokens[i]
-    if load.in_flight[i] < costs.max_seqs[i]:
-        free_tokens[i] = costs.kv_capacity_tokens[i] - load.reserved_tokens[i]
-    else:
+    if load.in_flight[i] >= costs.max_seqs[i]:
         free_tokens[i] = -1.0
+    elif load.in_flight[i] > 0.0:
+        free_tokens[i] = costs.kv_capacity_tokens[i] - load.reserved_tokens[i]
+    else:  # an empty instance is offered anything: whether it is too long is for the engine to say
+        free_tokens[i] = ANY_TOKENS
 
 
 def take_turn(weights: Sequence[float], credit: MutableSequence[float]) -> int:
