@@ -5,7 +5,7 @@ driver fills from ``pools.routes``. This file walks that table in the order ``po
 windows of a pool in turn, and the least late of all where even an empty instance would break the promise.
 """
 
-from pools.scoring import NONE, choose, choose_least_late, take_turn
+from pools.scoring import NONE, attainable, choose, choose_least_late, take_turn
 from simulator.world import MARGIN, SPREAD, World
 
 WINDOW = 32  # candidates looked at together, as in pools.fleet
@@ -50,9 +50,11 @@ def _choose_in_pool(
         turn = (r.turn[p] + 1) % windows
         r.turn[p] = turn
     for index in range(windows):
-        begin = ((index + turn) % windows) * WINDOW
+        window = (index + turn) % windows
+        begin = window * (count // windows) + min(window, count % windows)
+        size = count // windows + (window < count % windows)
         row = choose(
-            r.members[p, begin : min(begin + WINDOW, count)],
+            r.members[p, begin : begin + size],
             w.costs,
             w.load,
             now_s,
@@ -95,18 +97,18 @@ def choose_row(
 def _hopeless(w: World, k: int, input_tokens: float, output_tokens: float, budget_s: float, tbt_slo_s: float) -> bool:
     """Whether even an empty instance would break the promise, so that waiting for one is no use."""
     r = w.routing
-    margin = r.policy[MARGIN]
     for index in range(r.pool_count[k]):
         p = r.pools[k, index]
-        if r.member_count[p] == 0:
-            continue
-        i = r.fastest[p]
-        step_s = w.engines.lone_step_s[i]
-        per_token_s = (
-            w.costs.token_s[i] + step_s / w.costs.chunk_tokens[i] + 0.5 * w.costs.attention_s[i] * input_tokens
-        )
-        between_s = step_s + w.costs.token_s[i] + w.costs.kv_s[i] * (input_tokens + 0.5 * output_tokens)
-        if step_s + input_tokens * per_token_s < margin * budget_s and between_s < margin * tbt_slo_s:
+        if r.member_count[p] > 0 and attainable(
+            w.costs,
+            r.fastest[p],
+            w.engines.lone_step_s[r.fastest[p]],
+            input_tokens,
+            output_tokens,
+            budget_s,
+            tbt_slo_s,
+            r.policy[MARGIN],
+        ):
             return False
     return True
 

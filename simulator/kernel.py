@@ -12,7 +12,7 @@ driver's.
 from typing import Any
 
 from energy.profile import StepCoefficients, step_power_w, step_time_s
-from pools.scoring import add, decode_step_s, remove, start
+from pools.scoring import add, decode_step_s, remove, settle, start
 from simulator.batching import NO_SLOT, EngineLimits, complete, enqueue, schedule
 from simulator.dispatch import choose_row, find
 from simulator.eventheap import EventHeap, clear_event, set_event
@@ -227,10 +227,41 @@ def settle_idle(w: World, e: int, now_s: float) -> None:
     x.begin_s[e] = now_s
 
 
+def energy_until(w: World, rows: Any, now_s: float, out: Any) -> None:
+    """Prefill, decode and idle joules of these rows up to now, their present step or run in part; into (n, 3)."""
+    x = w.engines
+    for index in range(len(rows)):
+        e = rows[index]
+        for part in range(3):
+            out[index, part] = x.energy_j[e, part]
+        gone_s = now_s - x.begin_s[e]
+        if x.mode[e] == IDLE:
+            out[index, IDLE_J] += coefficients_of(w, e).idle_w * x.tp[e] * gone_s
+            continue
+        share = gone_s / (x.end_s[e] - x.begin_s[e])
+        if x.mode[e] == RUN:
+            out[index, DECODE_J] += share * sum_of_steps(quadratic(x.energy, e), x.run_steps[e])
+        else:
+            out[index, PREFILL_J] += share * x.step_j[e, PREFILL_J]
+            out[index, DECODE_J] += share * x.step_j[e, DECODE_J]
+
+
+def reclock(w: World, e: int, operating: int, now_s: float) -> None:
+    """Row ``e`` runs at another operating point from its next step on; a run ends with the step it is in."""
+    x = w.engines
+    if x.mode[e] == IDLE:
+        settle_idle(w, e, now_s)
+    elif x.mode[e] == RUN:
+        cut_run(w, EventHeap(x.heap, x.heap_position, x.heap_size, x.end_s), e, now_s)
+    x.operating[e] = operating
+    x.lone_step_s[e] = decode_step_s(coefficients_of(w, e), 0.0, 0.0)
+    refresh_load(w, e)
+
+
 def refresh_load(w: World, e: int) -> None:
-    """Tell the router how long a decode step of row ``e`` now takes."""
-    c = coefficients_of(w, e)
-    w.load.step_s[e] = decode_step_s(c, w.load.in_flight[e], w.load.context_tokens[e])
+    """Let the router see what row ``e`` now holds."""
+    step_s = decode_step_s(coefficients_of(w, e), w.load.in_flight[e], w.load.context_tokens[e])
+    settle(w.costs, w.load, e, step_s)
 
 
 def coefficients_of(w: World, e: int) -> StepCoefficients:
@@ -391,7 +422,7 @@ def _first_token(w: World, e: int, slot: int, now_s: float) -> None:
     w.ledger.ttft[f.request_class[slot], bucket_of(ttft_s)] += 1
     x = w.engines
     x.worst_share[e] = max(x.worst_share[e], ttft_s / f.ttft_slo_s[slot])
-    start(w.costs, w.load, e, now_s, float(w.batch.input_tokens[slot]))
+    start(w.load, e, now_s, float(w.batch.input_tokens[slot]))
 
 
 def _finish(w: World, e: int, slot: int, now_s: float) -> None:
