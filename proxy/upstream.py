@@ -41,6 +41,7 @@ class Connection(asyncio.Protocol):
         "_dial",
         "_fresh",
         "_headers",
+        "_keep_alive",
         "_message",
         "_parser",
         "_pieces",
@@ -69,6 +70,7 @@ class Connection(asyncio.Protocol):
         # of the present answer
         self._status = 0
         self._headers: list[tuple[bytes, bytes]] = []
+        self._keep_alive = False
         self._pieces: list[bytes] = []
         self._complete = False
         self._surplus = False
@@ -193,6 +195,7 @@ class Connection(asyncio.Protocol):
         """The head is there; interim ones (1xx) are dropped."""
         if not self._complete:
             self._status = self._parser.get_status_code()
+            self._keep_alive = self._parser.should_keep_alive()  # the parser forgets it with the message's end
             if self._status in (204, 304):
                 self._until_eof = False
 
@@ -254,7 +257,7 @@ class Connection(asyncio.Protocol):
         self._fresh = False
         if (
             transport is not None
-            and self._parser.should_keep_alive()
+            and self._keep_alive
             and not transport.is_closing()
             and not transport.get_write_buffer_size()
         ):

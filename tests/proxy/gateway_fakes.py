@@ -326,28 +326,48 @@ class Answered:
         return self.json["error"]
 
 
+class Reading:
+    """A response being read, strictly."""
+
+    def __init__(self):
+        self.status = 0
+        self.headers = {}
+        self.body = b""
+        self.complete = False
+        self._parser = httptools.HttpResponseParser(self)
+
+    def feed(self, data):
+        self._parser.feed_data(data)
+
+    def on_header(self, name, value):
+        self.headers[name.decode().lower()] = value.decode()
+
+    def on_headers_complete(self):
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, payload):
+        self.body += payload
+
+    def on_message_complete(self):
+        self.complete = True
+
+    def answered(self) -> Answered:
+        return Answered(self.status, self.headers, self.body, self.complete)
+
+
 def parse(data: bytes) -> Answered:
-    """A whole response, read strictly."""
+    """A response, whole or cut off."""
+    reading = Reading()
+    reading.feed(data)
+    return reading.answered()
 
-    class Sink:
-        def __init__(self):
-            self.headers = {}
-            self.body = b""
-            self.complete = False
 
-        def on_header(self, name, value):
-            self.headers[name.decode().lower()] = value.decode()
-
-        def on_body(self, payload):
-            self.body += payload
-
-        def on_message_complete(self):
-            self.complete = True
-
-    sink = Sink()
-    parser = httptools.HttpResponseParser(sink)
-    parser.feed_data(data)
-    return Answered(parser.get_status_code(), sink.headers, sink.body, sink.complete)
+async def read_answer(reader) -> Answered:
+    """The next response on a connection that stays open."""
+    reading = Reading()
+    while not reading.complete and (data := await reader.read(65536)):
+        reading.feed(data)
+    return reading.answered()
 
 
 @asynccontextmanager

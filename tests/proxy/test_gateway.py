@@ -1,6 +1,6 @@
 """The gateway end to end over real sockets, against engines that behave."""
 
-from gateway_fakes import CHAT, DONE, TOKENS, USAGE_EVENT, WHOLE, Engine, play, running
+from gateway_fakes import CHAT, DONE, TOKENS, USAGE_EVENT, WHOLE, Engine, play, read_answer, request_bytes, running
 
 
 def test_an_answer_passes_as_it_is_and_says_who_gave_it():
@@ -39,5 +39,20 @@ def test_a_stream_keeps_the_usage_asked_for():
             assert got.body == b"".join(TOKENS) + USAGE_EVENT + DONE
             assert engine.seen[0].json == asked
             assert gateway.outcomes[0].prompt_tokens == 11
+
+    play(scenario)
+
+
+def test_connections_are_kept_on_both_sides():
+    async def scenario():
+        async with Engine() as engine, running(engine) as gateway:
+            reader, writer = await gateway.connect()
+            for stream in (False, True, False):
+                writer.write(request_bytes({**CHAT, "stream": stream}))
+                got = await read_answer(reader)
+                assert got.status == 200
+            writer.close()
+            assert engine.connections == 1
+            assert len(engine.seen) == 3
 
     play(scenario)
