@@ -25,6 +25,7 @@ class Flight:
 
     request: Request
     instance_id: str
+    promised_tbt_s: float
     started: bool = False  # its first token has come
 
 
@@ -174,13 +175,15 @@ class Fleet:
 
     def sent(self, i: int, request: Request, now_s: float) -> Assigned:
         """Count a request sent to instance ``i``."""
-        tbt_slo_s = request.slo.tbt_s
-        scoring.add(self.costs, self.load, i, now_s, request.input_tokens, request.output_tokens, tbt_slo_s)
+        tbt_s = request.slo.tbt_s
+        if self.load.between_s[i] >= tbt_s:  # cannot be kept: it must not keep others away either
+            tbt_s = scoring.UNPROMISED_S
+        scoring.add(self.costs, self.load, i, now_s, request.input_tokens, request.output_tokens, tbt_s)
         self._refresh(i)
         promises = self._promises[i]
-        promises[tbt_slo_s] = promises.get(tbt_slo_s, 0) + 1
+        promises[tbt_s] = promises.get(tbt_s, 0) + 1
         answer = self.assigned[i]
-        self.flights[request.id] = Flight(request, answer.instance_id)
+        self.flights[request.id] = Flight(request, answer.instance_id, tbt_s)
         return answer
 
     def started(self, flight: Flight, now_s: float) -> None:
@@ -202,7 +205,7 @@ class Fleet:
         if i is not None:
             request = flight.request
             scoring.remove(self.load, i, request.input_tokens, request.output_tokens)
-            self._release_promise(i, request.slo.tbt_s)
+            self._release_promise(i, flight.promised_tbt_s)
             self._refresh(i)
         return flight
 
