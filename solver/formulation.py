@@ -201,11 +201,16 @@ def _node_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout) ->
 
 
 def _limit_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout) -> None:
-    """A pool keeps its least number of instances; the cluster its power budget."""
+    """A pool keeps its least number of instances and its GPUs; the cluster its power budget."""
     pools = np.flatnonzero(problem.min_ready > 0)
     if len(pools):
         rows = builder.rows("min_ready", len(problem.pool_names), problem.min_ready)
         builder.put(rows.start + problem.group_pool, layout.ready.index, 1.0)
+    if problem.pool_gpus is not None:
+        least, most = problem.pool_gpus
+        rows = builder.rows("pool_gpus", len(problem.pool_names), least, most)
+        for block, groups in ((layout.ready, slice(None)), (layout.parked, layout.parkable)):
+            builder.put(rows.start + problem.group_pool[groups], block.index, problem.group_tp[groups])
     if np.isfinite(problem.power_budget_w):
         row = builder.rows("power", 1, upper=problem.power_budget_w - _fixed_w(problem))
         for block in (layout.points, layout.parked, layout.nodes_on):

@@ -10,11 +10,12 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csc_array, hstack
 
-from solver.control import FloatArray
+from solver.control import FloatArray, IntArray
 from solver.formulation import formulate
 from solver.problem import PlanProblem
+from solver.rows import LinearProgram
 
-_PRICES = {"demand": 1e4, "min_ready": 1e2, "nodes": 1.0, "power": 1e-3}
+_PRICES = {"demand": 1e4, "min_ready": 1e2, "pool_gpus": 1.0, "nodes": 1.0, "power": 1e-3}
 _ENOUGH = 1e-6
 _BRANCH_NODES = 200
 
@@ -27,6 +28,7 @@ def explain(problem: PlanProblem) -> str:
     sign = np.where(np.isfinite(program.row_upper[rows]), -1.0, 1.0)
     # a demand is an equality: what is missing is added; a row with an upper limit gives way upwards
     sign[np.isfinite(program.row_lower[rows])] = 1.0
+    sign[np.isin(rows, _pool_gpu_rows(program))] = -1.0
     count = len(rows)
     slack = csc_array((sign, (rows, np.arange(count))), shape=(program.matrix.shape[0], count))
     result = milp(
@@ -46,6 +48,12 @@ def explain(problem: PlanProblem) -> str:
     return "; ".join(_sentence(problem, name, place, amount) for (name, place), amount in broken)
 
 
+def _pool_gpu_rows(program: LinearProgram) -> IntArray:
+    """Rows with a lower and an upper limit of which the upper one is what runs short."""
+    blocks = [block.index for name, block in program.row_names if name == "pool_gpus"]
+    return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int64)
+
+
 def _sentence(problem: PlanProblem, row: str, place: int, amount: float) -> str:
     if row == "demand":
         name = problem.demand_names[place]
@@ -53,6 +61,8 @@ def _sentence(problem: PlanProblem, row: str, place: int, amount: float) -> str:
         return f"demand[{name}]: {'not enough room to serve it' if served else 'no group may serve it'}"
     if row == "nodes":
         return f"nodes[TP{np.unique(problem.shapes.tp)[place]}]: {amount:.3g} instances short"
+    if row == "pool_gpus":
+        return f"pool_gpus[{problem.pool_names[place]}]: {amount:.3g} GPUs short"
     if row == "min_ready":
         return f"min_ready[{problem.pool_names[place]}]: {amount:.3g} instances short"
     return f"power: {amount:.4g} W short"

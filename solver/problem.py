@@ -95,6 +95,8 @@ class PlanProblem:
     shapes: Shapes
     room: NodeRoom
     min_ready: FloatArray  # (P,) instances a pool keeps at least
+    pool_gpus: tuple[FloatArray, FloatArray] | None = None
+    """(P,) least and (P,) most GPUs of each pool; None: no pool has GPUs of its own."""
     power_budget_w: float = float("inf")
     integral_points: bool = False
     """Whether an instance stays at one point. If not, it may divide its time between two: the 5 s controller does."""

@@ -225,3 +225,14 @@ def test_the_same_problem_gives_the_same_plan():
 def test_a_problem_that_contradicts_itself_is_refused(change, message):
     with pytest.raises(ProblemError, match=message):
         change(random_problem(0))
+
+
+def test_a_pool_keeps_within_the_gpus_given_to_it():
+    problem = ample(random_problem(12, changes=False))
+    free = solve(problem, EXACT)
+    own = replace(problem, pool_gpus=(np.array([3.0, 0.0]), np.array([3.0, np.inf])))
+    bound = solve(own, EXACT)
+    assert np.bincount(problem.group_pool, bound.ready * problem.group_tp)[0] == 3
+    assert bound.objective_w >= free.objective_w
+    none = replace(problem, pool_gpus=(np.zeros(2), np.zeros(2)))
+    assert "pool_gpus[l]: " in solve(none, EXACT).reason
