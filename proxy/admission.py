@@ -95,7 +95,8 @@ class Admission:
             body,
             usage_injected,
             self._tier(fields),
-            b"%bx-dynamollm-class: %b\r\n" % (id_line, request.request_class.name.encode()),
+            b"%bx-dynamollm-class: %b\r\nx-dynamollm-input-tokens: %d\r\n"
+            % (id_line, request.request_class.name.encode(), request.input_tokens),
         )
 
     def _request(self, fields: RequestFields, terms: Terms, request_id: str, now_s: float) -> Request:

@@ -10,6 +10,7 @@ def test_an_answer_passes_as_it_is_and_says_who_gave_it():
             assert (got.status, got.body) == (200, WHOLE)
             assert got.headers["x-request-id"].startswith("req-")
             assert got.headers["x-dynamollm-class"] == "SS"
+            assert int(got.headers["x-dynamollm-input-tokens"]) > 0
             assert got.headers["x-dynamollm-pool"] == "LL"
             assert got.headers["x-dynamollm-instance"] == "i0"
             assert engine.seen[0].json == CHAT
