@@ -10,7 +10,6 @@ raises.
 import asyncio
 import time
 from collections.abc import Coroutine, Mapping
-from dataclasses import asdict
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -100,6 +99,8 @@ class Control:
             profile = self._profile(request.profile)
             if len(options.gpus) != options.tp or len(set(options.gpus)) != options.tp:
                 raise ProfileError(f"instance {options.id}: tp {options.tp} needs {options.tp} different GPUs")
+            if node.gpus and profile.gpu != node.gpus[0].physics.name:
+                raise ProfileError(f"profile {profile.name} is of {profile.gpu}, node {node.name} is not")
             instance = EmulatedInstance(
                 options,
                 profile,
@@ -274,7 +275,7 @@ class Control:
             "sm_clock_mhz": instance.sm_clock_mhz,
             "max_model_len": instance.rules.max_model_len,
             "requests_in_flight": instance.requests_in_flight,
-            "options": asdict(instance.options),
+            "options": msgspec.to_builtins(instance.options),
         }
 
     def _later(self, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:

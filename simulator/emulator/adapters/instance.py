@@ -8,8 +8,9 @@ States are those of ``pools.instances``: STARTING (port taken, connections refus
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from energy.profile import EnergyProfile, GpuState
 from pools.instances import InstanceState
@@ -29,8 +30,7 @@ PORT_CLOSES_AFTER_S = 0.5  # a dead engine's server answers this long before its
 PauseMode = Literal["abort", "wait", "keep"]
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceOptions:
+class InstanceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one emulated vLLM server is started; what vLLM has a flag for bears its name."""
 
     id: str
@@ -51,11 +51,10 @@ class InstanceOptions:
     enable_server_load_tracking: bool = True
     api_key: str | None = None
     seed: int = 0
-    lengths: OutputLengths = field(default_factory=OutputLengths)
+    lengths: OutputLengths = OutputLengths()
 
 
-@dataclass(slots=True)
-class Faults:
+class Faults(msgspec.Struct, forbid_unknown_fields=True):
     """Injected faults that last until they are changed; for tests."""
 
     slow_factor: float = 1.0  # every step takes this many times longer

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
 from pools.drivers.fake import FakeDriver
 from pools.drivers.port import (
     DriverError,
@@ -19,6 +20,7 @@ from pools.drivers.port import (
 from pools.instances import GpuSlot, InstanceShape, InstanceState
 
 MODEL, GPU = "tiny", "H100-SXM"
+PROFILE = "llama-3.1-70b-fp8-h100"
 WITHIN_S = 20.0  # a bound on a hang, not a measure of speed
 
 
@@ -26,7 +28,12 @@ def fake() -> FakeDriver:
     return FakeDriver({"node-0": 8, "node-1": 8}, range(345, 1981, 15), models=frozenset({MODEL}))
 
 
-DRIVERS: dict[str, Callable[[], InstanceDriver]] = {"fake": fake}
+def emulator() -> EmulatorDriver:
+    machines = [EmulatedMachine("node-0"), EmulatedMachine("node-1")]
+    return EmulatorDriver(machines, {MODEL: EmulatedModel(PROFILE)}, processes=2, startup_s=0.02, wake_s=0.02)
+
+
+DRIVERS: dict[str, Callable[[], InstanceDriver]] = {"fake": fake, "emulator": emulator}
 
 
 def spec(
