@@ -125,7 +125,7 @@ class Deployment:
         for model_index, model in enumerate(self._models):
             for request_class in REQUEST_CLASSES:
                 row = pool_share[len(REQUEST_CLASSES) * model_index + request_class]
-                spread = tuple((pools[p], float(row[p])) for p in np.flatnonzero(row > 0.0))
+                spread = tuple((name, float(part)) for name, part in zip(pools, row, strict=True) if part > 0.0)
                 if spread:
                     shares[model, request_class] = spread
         self._shares = shares

@@ -256,6 +256,10 @@ class Router:
         if self.fleet.observe(instance_id, seen):
             self._plan_paths()
 
+    def in_flight(self, instance_id: str) -> int:
+        """Requests sent to an instance that have not ended; a walk over all, for drains and not for routing."""
+        return sum(flight.instance_id == instance_id for flight in self.fleet.flights.values())
+
     def on_first_token(self, request_id: str, now_s: float) -> None:
         """Its first byte came: the instance works."""
         flight = self.fleet.flights.get(request_id)

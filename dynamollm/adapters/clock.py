@@ -1,0 +1,8 @@
+"""The one place of the front door that reads a clock."""
+
+import time
+
+
+def monotonic_s() -> float:
+    """Seconds that never go back; the start is arbitrary."""
+    return time.monotonic()

@@ -1,0 +1,112 @@
+"""``dynamollm serve``: the gateway and its cluster in the foreground, until Ctrl-C."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+from pathlib import Path
+
+import click
+import uvicorn
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from dynamollm.adapters.configuration import load
+from dynamollm.commands.config import config_option
+from dynamollm.deployment import Deployment
+from dynamollm.errors import UserError
+from dynamollm.settings import Settings
+from dynamollm.wiring import Application, build
+from proxy.serve import calm_collector, gateway_config, listen
+
+
+@click.command()
+@config_option
+@click.option("--host", help="Address to listen on [default: server.host, 127.0.0.1].")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on [default: server.port, 8080].")
+@click.option("--verbose", "-v", is_flag=True, help="Say what becomes of each instance.")
+def command(config_file: Path | None, host: str | None, port: int | None, verbose: bool) -> None:
+    """Serve the OpenAI-compatible endpoint over a cluster.
+
+    Without --config it brings up nine typed pools of emulated vLLM instances on this machine.
+    """
+    settings = load(config_file, os.environ)
+    place = settings.server
+    place = dataclasses.replace(place, host=host or place.host, port=place.port if port is None else port)
+    settings = dataclasses.replace(settings, server=place)
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    application = build(settings)
+    try:
+        listener = listen(place.host, place.port)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {place.host}:{place.port}: {error.strerror}; choose another with --port"
+        ) from None
+    with contextlib.suppress(KeyboardInterrupt), listener:
+        url = "http://{}:{}".format(*listener.getsockname()[:2])
+        server = uvicorn.Server(gateway_config(application.services, place.shutdown_grace_s))
+        uvloop.run(_serve(application, server, [listener], url))
+
+
+async def _serve(application: Application, server: uvicorn.Server, sockets: list[socket.socket], url: str) -> None:
+    """Run the cluster beside the server; when either ends, end the other."""
+    console = Console(stderr=True)
+    console.print(f"dynamollm: starting {_planned(application.settings)} ...")
+    cluster = asyncio.create_task(application.runner.run())
+    greeting = asyncio.create_task(_greet(application, console, url))
+    serving = asyncio.create_task(server.serve(sockets=sockets))
+    await asyncio.wait((serving, cluster), return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    await serving
+    for task in (greeting, cluster):
+        task.cancel()
+    results = await asyncio.gather(cluster, greeting, return_exceptions=True)
+    await application.probe.close()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+def _planned(settings: Settings) -> str:
+    count = sum(pool.instances for pool in settings.pools)
+    return f"{count} {settings.driver.kind} instances in {len(settings.pools)} pools"
+
+
+async def _greet(application: Application, console: Console, url: str) -> None:
+    """Once the cluster is up, show it and where to send requests."""
+    await application.runner.settled()
+    calm_collector()
+    console.print(cluster_table(application.deployment))
+    model = application.settings.models[0].name
+    console.print(f"\n[bold]{url}/v1[/bold] is ready. Try:\n")
+    click.echo(
+        f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '"
+        f'{{"model": "{model}", "stream": true, "max_tokens": 32, '
+        f'"messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}\'\n',
+        err=True,
+    )
+    console.print("Metrics at /metrics, API documentation at /docs. Ctrl-C stops everything.")
+
+
+def cluster_table(deployment: Deployment) -> Table:
+    """The pools and what runs in each."""
+    table = Table("Pool", "Model", "TP", "SM clock", "Instances", "State", box=None, pad_edge=False)
+    for pool in deployment.settings.pools:
+        instances = [i for i in deployment.instances.values() if i.pool == pool.name]
+        states = sorted({i.state.value for i in instances}) or ["none"]
+        clocks = sorted({i.sm_clock_mhz for i in instances})
+        table.add_row(
+            pool.name,
+            pool.model,
+            ", ".join(str(tp) for tp in sorted({i.shape.tp for i in instances})) or str(pool.tp),
+            f"{', '.join(map(str, clocks))} MHz" if clocks else "-",
+            str(len(instances)),
+            ", ".join(states),
+        )
+    return table

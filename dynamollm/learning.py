@@ -1,0 +1,39 @@
+"""What the gateway asks before the first token, answered by what it has learned from requests that ended.
+
+Joins the gateway's fields and outcomes to the predictors of ``pools``, which know nothing of HTTP.
+"""
+
+from pools.lengths import LengthFeatures, LengthPredictor
+from proxy.fields import RequestFields
+from proxy.outcome import Outcome
+
+
+class GatewayLengths:
+    """The gateway's length predictor; give ``learn`` to it as an observer."""
+
+    def __init__(self, predictor: LengthPredictor) -> None:
+        self._predictor = predictor
+
+    def output_tokens(self, fields: RequestFields, model: str, input_tokens: int) -> float:
+        """Predicted tokens of the answer."""
+        return self._predictor.predict(_features(fields, model, input_tokens))
+
+    def learn(self, outcome: Outcome) -> None:
+        """Take in an answer that ended by itself; one cut short says nothing of its length."""
+        if outcome.completion_tokens is not None and not outcome.cancelled and outcome.status < 400:
+            request = outcome.request
+            features = _features(outcome.fields, request.model, request.input_tokens, request.tenant)
+            self._predictor.learn(features, outcome.completion_tokens // max(outcome.fields.choices, 1))
+
+
+def _features(fields: RequestFields, model: str, input_tokens: int, tenant: str = "default-flow") -> LengthFeatures:
+    return LengthFeatures(
+        model=model,
+        input_tokens=input_tokens,
+        cap_tokens=fields.cap_tokens,
+        hint_tokens=fields.hint_tokens,
+        tools=fields.tools,
+        structured=fields.structured,
+        thinking=fields.thinking,
+        tenant=tenant,
+    )

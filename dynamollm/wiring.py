@@ -1,0 +1,140 @@
+"""Wiring: settings in, a gateway with its cluster out. The only file that names concrete classes and adapters."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynamollm.adapters.clock import monotonic_s
+from dynamollm.adapters.engine_probe import HttpEngineProbe
+from dynamollm.deployment import Deployment, node_names
+from dynamollm.errors import UserError
+from dynamollm.learning import GatewayLengths
+from dynamollm.runner import Runner
+from dynamollm.settings import LimitSettings, Settings
+from energy.adapters.catalogue import load_profile
+from energy.profile import EnergyProfile, ProfileError
+from pools.classes import ClassSlos
+from pools.drivers.attach import AttachDriver
+from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
+from pools.drivers.port import InstanceDriver
+from pools.lengths import RunningLengths, RunningLengthsLimits
+from pools.queue import QueueLimits
+from pools.router import Router, RouterLimits
+from proxy.fields import RequestFields
+from proxy.metrics import GatewayMetrics
+from proxy.services import GatewayServices
+from proxy.settings import Deadlines, Limits, ProxySettings
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """Everything one `dynamollm serve` process runs."""
+
+    settings: Settings
+    deployment: Deployment
+    runner: Runner
+    services: GatewayServices
+    probe: HttpEngineProbe
+
+
+def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Application:
+    """Put the application together; starts nothing. Raises ``UserError`` for a profile or a key file it cannot use."""
+    deployment = Deployment(settings, load_profiles(settings))
+    router = Router(router_limits(settings.limits))
+    probe = HttpEngineProbe()
+    lengths = GatewayLengths(RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts)))
+    return Application(
+        settings=settings,
+        deployment=deployment,
+        runner=Runner(deployment, build_driver(settings), router, probe, clock),
+        services=GatewayServices(
+            router=router,
+            directory=deployment,
+            tokens=FourBytesAToken(),
+            lengths=lengths,
+            metrics=GatewayMetrics(),
+            clock=clock,
+            settings=proxy_settings(settings),
+            observers=(lengths.learn,),
+        ),
+        probe=probe,
+    )
+
+
+def load_profiles(settings: Settings) -> dict[str, EnergyProfile]:
+    """The profile of each model. Raises ``UserError`` where one is missing or does not hold for a pool's TP."""
+    profiles = {}
+    for index, model in enumerate(settings.models):
+        try:
+            profiles[model.name] = load_profile(model.profile)
+        except (ProfileError, OSError) as error:
+            raise UserError(f"models[{index}].profile: {error}") from None
+    for index, pool in enumerate(settings.pools):
+        held = profiles[pool.model].tensor_parallel
+        if pool.tp not in held:
+            name = profiles[pool.model].name
+            raise UserError(
+                f"pools[{index}].tp: profile {name} holds for TP {', '.join(map(str, held))}, not {pool.tp}"
+            )
+    return profiles
+
+
+def build_driver(settings: Settings) -> InstanceDriver:
+    """What starts instances."""
+    driver = settings.driver
+    if driver.kind == "attach":
+        return AttachDriver(driver.urls)
+    kinds = [(name, node) for node in settings.nodes for name in node_names(node)]
+    return EmulatorDriver(
+        [EmulatedMachine(name, node.gpu, node.gpus) for name, node in kinds],
+        {
+            model.name: EmulatedModel(model.profile, model.tokenizer_file, model.max_model_len)
+            for model in settings.models
+        },
+        processes=driver.processes,
+        startup_s=driver.startup_s,
+        seed=driver.seed,
+    )
+
+
+def router_limits(limits: LimitSettings) -> RouterLimits:
+    """The router's bounds."""
+    return RouterLimits(queue=QueueLimits(max_depth=limits.queue_requests, ttl_s=limits.queue_ttl_s))
+
+
+def proxy_settings(settings: Settings) -> ProxySettings:
+    """What the gateway is told. Raises ``UserError`` for a key file that cannot be read."""
+    limits = settings.limits
+    return ProxySettings(
+        slos=ClassSlos(settings.slo.ttft_s, settings.slo.tbt_s, settings.slo.cuts),
+        limits=Limits(body_bytes=limits.body_bytes),
+        deadlines=Deadlines(
+            head_s=limits.header_timeout_s, first_byte_s=limits.first_byte_deadline_s, total_s=limits.request_deadline_s
+        ),
+        api_keys=(*settings.auth.api_keys, *read_keys(settings.auth.api_keys_file)),
+        request_id_prefix=f"req-{secrets.token_hex(4)}-",
+        objectives={objective.name: objective.priority for objective in settings.objectives},
+    )
+
+
+def read_keys(path: str | None) -> tuple[str, ...]:
+    """API keys of a file: one a line, ``#`` begins a comment. Raises ``UserError`` if it cannot be read or has none."""
+    if path is None:
+        return ()
+    try:
+        lines = [line.partition("#")[0].strip() for line in Path(path).read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"auth.api_keys_file: {path}: {error.strerror}") from None
+    keys = tuple(line for line in lines if line)
+    if not keys:
+        raise UserError(f"auth.api_keys_file: {path}: holds no key; without the setting everybody may call")
+    return keys
+
+
+class FourBytesAToken:
+    """Estimates prompts at four bytes of JSON text a token."""
+
+    def input_tokens(self, fields: RequestFields, model: str) -> int:
+        """Estimated tokens of the prompt."""
+        return max(1, fields.text_bytes // 4)
