@@ -85,7 +85,7 @@ class SimulatedCluster:
         points: OperatingPoints,
         limits: EngineLimits,
         delays: Delays,
-        reclock: Callable[[World, int, int, float], None],
+        reclock: Callable[[Any, int, int, float], None],
         free_gpus_off: bool = True,
     ) -> None:
         self.profile = profile
@@ -245,7 +245,7 @@ class SimulatedCluster:
         columns: Any
         for columns, value in zip(self.world.costs, row, strict=True):
             columns[instance.row] = value
-        self._reclock(self.world, instance.row, operating, now_s)
+        self._reclock(self.world.record, instance.row, operating, now_s)
 
     def _scale_out(self, action: ScaleOut, now_s: float, start_s: float | None) -> None:
         existing = self.instances.get(action.instance_id)
@@ -345,7 +345,7 @@ class SimulatedCluster:
         """The engine of a row ends: idle until now, then its energy goes to the closed rows' sum."""
         x, row = self.world.engines, instance.row
         if instance.state in (READY, DRAINING):
-            self._reclock(self.world, row, int(x.operating[row]), now_s)  # charges idling until now
+            self._reclock(self.world.record, row, int(x.operating[row]), now_s)  # charges idling until now
             self.engine_j += x.energy_j[row]
             self.busy_gpu_s += float(x.busy_s[row]) * instance.tp
             x.energy_j[row] = 0.0

@@ -1,7 +1,7 @@
 """Compile a function and all it calls of our own packages with Numba, without those functions knowing.
 
 The hot loop of virtual time uses the product's own scheduling, routing and profile functions. They are plain Python and
-stay so: ``compile_tree`` rebuilds each with the compiled versions of its callees in place of its globals.
+stay so: ``compile_trees`` rebuilds each with the compiled versions of its callees in place of its globals.
 
 Compiled code is cached on disk by the text of every function in the tree: Numba's own check looks at the one file that
 defines a function and would miss a change in a callee.
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numba
 from numba.core import config
@@ -25,15 +25,16 @@ OURS = ("simulator", "solver", "pools", "energy", "tests", "test_")
 # function to function costs seventeen times the work itself. IEEE division, as NumPy does it.
 OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "_nrt": False}
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def compile_tree(function: F) -> F:
-    """The same function, compiled with everything of ours it calls."""
-    tree = _collect(cast(FunctionType, function), {})
+def compile_trees(*functions: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """The same functions, compiled with everything of ours they call; what they share is compiled once."""
+    tree: dict[str, FunctionType] = {}
+    for function in functions:
+        _collect(cast(FunctionType, function), tree)
     # set by name: numba makes the attributes of its configuration while it reads the environment
     setattr(config, "CACHE_DIR", str(_cache_root() / _digest(tree)))  # noqa: B010
-    return cast(F, _compile(cast(FunctionType, function), {}))
+    done: dict[FunctionType, Any] = {}
+    return tuple(_compile(cast(FunctionType, function), done) for function in functions)
 
 
 def _callees(function: FunctionType) -> dict[str, FunctionType]:

@@ -6,6 +6,7 @@ windows of a pool in turn, and the least late of all where even an empty instanc
 """
 
 from pools.scoring import NONE, attainable, choose, choose_least_late, take_turn
+from simulator.columns import costs_of, load_of
 from simulator.world import MARGIN, SPREAD, World
 
 WINDOW = 32  # candidates looked at together, as in pools.fleet
@@ -55,8 +56,8 @@ def _choose_in_pool(
         size = count // windows + (window < count % windows)
         row = choose(
             r.members[p, begin : begin + size],
-            w.costs,
-            w.load,
+            costs_of(w),
+            load_of(w),
             now_s,
             input_tokens,
             output_tokens,
@@ -81,8 +82,8 @@ def choose_row(
             r.lone[0] = e
             return choose(
                 r.lone,
-                w.costs,
-                w.load,
+                costs_of(w),
+                load_of(w),
                 now_s,
                 input_tokens,
                 output_tokens,
@@ -100,7 +101,7 @@ def _hopeless(w: World, k: int, input_tokens: float, output_tokens: float, budge
     for index in range(r.pool_count[k]):
         p = r.pools[k, index]
         if r.member_count[p] > 0 and attainable(
-            w.costs,
+            costs_of(w),
             r.fastest[p],
             w.engines.lone_step_s[r.fastest[p]],
             input_tokens,
@@ -122,4 +123,4 @@ def _least_late(w: World, k: int, now_s: float, input_tokens: float, output_toke
         for member in range(r.member_count[p]):
             r.candidates[count] = r.members[p, member]
             count += 1
-    return choose_least_late(r.candidates[:count], w.costs, w.load, now_s, input_tokens, output_tokens)
+    return choose_least_late(r.candidates[:count], costs_of(w), load_of(w), now_s, input_tokens, output_tokens)

@@ -14,6 +14,7 @@ from typing import Any
 from energy.profile import StepCoefficients, step_power_w, step_time_s
 from pools.scoring import add, decode_step_s, remove, settle, start
 from simulator.batching import NO_SLOT, EngineLimits, complete, enqueue, schedule
+from simulator.columns import costs_of, load_of
 from simulator.dispatch import choose_row, find
 from simulator.eventheap import EventHeap, clear_event, set_event
 from simulator.histograms import bucket_of
@@ -42,14 +43,14 @@ from simulator.world import (
     World,
 )
 
-UNTIL, CHUNK, SLOTS, EMPTY = 0, 1, 2, 3  # why the loop came back
+UNTIL, CHUNK, EMPTY = 0, 1, 2  # why the loop came back
 MOST_SEGMENTS = 8  # a run is entered into the TBT histogram in at most so many pieces
 
 
 def run_loop(
     w: World, limits: EngineLimits, arrivals: Arrivals, cursor: int, more: bool, until_s: float
 ) -> tuple[int, int, int]:
-    """Go on until ``until_s``, the end of the chunk, a lack of slots, or a draining row that is empty.
+    """Go on until ``until_s``, the end of the chunk, or a draining row that is empty.
 
     Returns (why, cursor, row); ``more`` says that another chunk follows this one.
     """
@@ -73,8 +74,6 @@ def run_loop(
                 continue
         if arrival_s > until_s or cursor == count:
             return UNTIL, cursor, -1
-        if w.flights.free_count[0] == 0:
-            return SLOTS, cursor, -1
         _arrive(w, limits, heap, arrivals, cursor)
         cursor += 1
 
@@ -89,6 +88,9 @@ def _arrive(w: World, limits: EngineLimits, heap: EventHeap, a: Arrivals, i: int
     ledger.window_requests[k] += 1
     ledger.window_input[k] += a.input_tokens[i]
     ledger.window_output[k] += a.predicted_tokens[i]
+    if f.free_count[0] == 0:
+        ledger.rejected[a.request_class[i]] += 1
+        return
     f.free_count[0] -= 1
     slot = f.free[f.free_count[0]]
     s.input_tokens[slot] = a.input_tokens[i]
@@ -113,7 +115,7 @@ def _arrive(w: World, limits: EngineLimits, heap: EventHeap, a: Arrivals, i: int
 def _wait(w: World, slot: int, k: int, now_s: float) -> None:
     """Put a request into its lane, or refuse it where too many wait."""
     r = w.routing
-    if r.depth.sum() >= r.policy[QUEUE_DEPTH]:
+    if _waiting(w) >= r.policy[QUEUE_DEPTH]:
         _reject(w, slot)
         return
     if r.depth[k] == 0:
@@ -123,6 +125,13 @@ def _wait(w: World, slot: int, k: int, now_s: float) -> None:
     r.tail[k] = slot
     r.depth[k] += 1
     r.whole_pass_s[0] = max(r.whole_pass_s[0], now_s + r.policy[WHOLE_PASS_S])
+
+
+def _waiting(w: World) -> int:
+    total = 0
+    for k in range(CLASSES):
+        total += w.routing.depth[k]
+    return total
 
 
 def _reject(w: World, slot: int) -> None:
@@ -144,7 +153,7 @@ def _try_place(w: World, limits: EngineLimits, heap: EventHeap, slot: int, only:
         e = choose_row(w, k, only, now_s, inputs, outputs, budget_s, f.tbt_slo_s[slot])
     if e < 0:
         return False
-    add(w.costs, w.load, e, now_s, inputs, outputs, f.tbt_slo_s[slot])
+    add(costs_of(w), load_of(w), e, now_s, inputs, outputs, f.tbt_slo_s[slot])
     refresh_load(w, e)
     w.engines.class_arrivals[e, k] += 1
     s.next_slot[slot] = NO_SLOT
@@ -163,7 +172,7 @@ def serve_lanes(w: World, limits: EngineLimits, now_s: float) -> None:
 def _serve_lanes(w: World, limits: EngineLimits, heap: EventHeap, freed: int, now_s: float) -> None:
     """Offer the row something has left to those waiting, most urgent lane first; every row from time to time."""
     r = w.routing
-    if r.depth.sum() == 0:
+    if _waiting(w) == 0:
         return
     if now_s >= r.whole_pass_s[0]:
         r.whole_pass_s[0] = now_s + r.policy[WHOLE_PASS_S]
@@ -261,7 +270,7 @@ def reclock(w: World, e: int, operating: int, now_s: float) -> None:
 def refresh_load(w: World, e: int) -> None:
     """Let the router see what row ``e`` now holds."""
     step_s = decode_step_s(coefficients_of(w, e), w.load.in_flight[e], w.load.context_tokens[e])
-    settle(w.costs, w.load, e, step_s)
+    settle(costs_of(w), load_of(w), e, step_s)
 
 
 def coefficients_of(w: World, e: int) -> StepCoefficients:
@@ -422,7 +431,7 @@ def _first_token(w: World, e: int, slot: int, now_s: float) -> None:
     w.ledger.ttft[f.request_class[slot], bucket_of(ttft_s)] += 1
     x = w.engines
     x.worst_share[e] = max(x.worst_share[e], ttft_s / f.ttft_slo_s[slot])
-    start(w.load, e, now_s, float(w.batch.input_tokens[slot]))
+    start(load_of(w), e, now_s, float(w.batch.input_tokens[slot]))
 
 
 def _finish(w: World, e: int, slot: int, now_s: float) -> None:
@@ -446,7 +455,7 @@ def _finish(w: World, e: int, slot: int, now_s: float) -> None:
     ledger.within_slo[k] += in_ttft and in_tbt
     ledger.input_tokens[k] += s.input_tokens[slot]
     ledger.output_tokens[k] += outputs
-    remove(w.load, e, float(s.input_tokens[slot]), f.predicted_tokens[slot])
+    remove(load_of(w), e, float(s.input_tokens[slot]), f.predicted_tokens[slot])
     _free_slot(w, slot)
 
 

@@ -19,14 +19,14 @@ from pools.instances import InstanceState
 from pools.routes import routes_of
 from pools.view import ClusterView, PoolView
 from simulator.cluster import SimulatedCluster
-from simulator.compiled import compile_tree
-from simulator.kernel import CHUNK, EMPTY, SLOTS, energy_until, reclock, run_loop, serve_lanes
+from simulator.compiled import compile_trees
+from simulator.kernel import CHUNK, EMPTY, energy_until, reclock, run_loop, serve_lanes
 from simulator.operating import OperatingPoints
 from simulator.results import RunResult, Series
 from simulator.setup import SimulationSetup
 from simulator.workload.arrivals import Arrivals as Requests
 from simulator.workload.arrivals import Workload
-from simulator.world import Arrivals, World, make_world, with_more_slots
+from simulator.world import Arrivals, World, make_world
 from solver.control import (
     STATE_CODE,
     ClusterState,
@@ -37,7 +37,6 @@ from solver.control import (
     Tick,
 )
 
-FIRST_SLOTS = 1 << 15
 PRIMING_S = 300.0  # of the workload that the first tick is shown, as if it had just been seen
 AFTER_END_S = 1.0  # how often it is looked whether the last request has been answered
 
@@ -58,11 +57,7 @@ _compiled: list[Compiled] = []
 def compiled() -> Compiled:
     """Compile (or load from the cache on disk) at the first use."""
     if not _compiled:
-        _compiled.append(
-            Compiled(
-                compile_tree(run_loop), compile_tree(serve_lanes), compile_tree(reclock), compile_tree(energy_until)
-            )
-        )
+        _compiled.append(Compiled(*compile_trees(run_loop, serve_lanes, reclock, energy_until)))
     return _compiled[0]
 
 
@@ -77,13 +72,7 @@ class Simulation:
         self._rng = np.random.default_rng(seed)
         self._functions = compiled()
         points = OperatingPoints(setup.profile)
-        self.world: World = make_world(
-            rows=setup.gpus,
-            slots=FIRST_SLOTS,
-            pools=len(setup.pools),
-            max_num_seqs=setup.limits.max_num_seqs,
-            coefficients=points.table,
-        )
+        self.world: World = make_world(points.table)
         self.world.routing.policy[:] = (
             setup.weights.spread,
             setup.weights.margin,
@@ -143,12 +132,10 @@ class Simulation:
         loop = self._functions.run_loop
         while True:
             why, self._cursor, row = loop(
-                self.world, self.setup.limits, self._arrivals, self._cursor, self._more, until_s
+                self.world.record, self.setup.limits, self._arrivals, self._cursor, self._more, until_s
             )
             if why == CHUNK:
                 self._next_chunk()
-            elif why == SLOTS:
-                self.world = self.cluster.world = with_more_slots(self.world)
             elif why == EMPTY:
                 self.now_s = float(self.world.engines.begin_s[row])
                 self.cluster.emptied(row, self.now_s)
@@ -290,7 +277,7 @@ class Simulation:
             self.cluster.row_state[rows], (STATE_CODE[InstanceState.READY], STATE_CODE[InstanceState.DRAINING])
         )
         part = np.zeros((int(serving.sum()), 3))
-        self._functions.energy_until(self.world, rows[serving], self.now_s, part)
+        self._functions.energy_until(self.world.record, rows[serving], self.now_s, part)
         out[serving] = part
         return out
 
@@ -304,7 +291,7 @@ class Simulation:
         self._fill_members()
         self._fill_routes()
         if self.world.routing.depth.any():
-            self._functions.serve_lanes(self.world, self.setup.limits, self.now_s)
+            self._functions.serve_lanes(self.world.record, self.setup.limits, self.now_s)
 
     def _fill_members(self) -> None:
         routing, costs = self.world.routing, self.world.costs

@@ -1,8 +1,11 @@
-"""World: everything the compiled loop of virtual time reads and writes, as named tuples of NumPy arrays.
+"""World: everything the compiled loop of virtual time reads and writes, in one block of memory.
 
-Columns by engine row, by request slot, by request class or by pool; no behaviour beyond making and growing them. The
-driver (``simulator.simulation``) fills in rows and tables between calls of the loop, the loop
-(``simulator.kernel``) does the rest.
+Columns by engine row, by request slot, by request class or by pool; no behaviour. The block is one NumPy record of
+fixed capacity, because a compiled function takes a record as a single pointer where it would take named tuples of a
+hundred arrays apart, and back together, at every call. The driver sees the same memory as named tuples of arrays.
+
+The driver (``simulator.simulation``) fills in rows and tables between calls of the loop, the loop
+(``simulator.kernel``) does the rest. Memory that is not used is never touched, so capacity costs nothing.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from energy.profile import StepCoefficients
-from pools.scoring import Costs, Load
+from pools.scoring import LOAD_EMPTY, Costs, Load
 from simulator.batching import NO_SLOT, BatchState
 from simulator.histograms import BUCKETS
 
@@ -19,11 +22,18 @@ F = Any
 N = Any
 
 CLASSES = 9
-COEFFICIENTS = np.dtype([(name, np.float64) for name in StepCoefficients._fields])
-"""One operating point: a record with the fields of ``StepCoefficients``, by their names."""
+ROWS = 2048  # instances at a time
+SLOTS = 1 << 18  # requests in the system at a time
+SEQS = 512  # sequences of one engine
+POOLS = 16
+POINTS = 256  # (TP, clock) pairs
 
 IDLE, STEP, RUN = 0, 1, 2  # what an engine row is doing
 PREFILL_J, DECODE_J, IDLE_J = 0, 1, 2  # columns of Engines.energy_j
+SPREAD, MARGIN, QUEUE_DEPTH, QUEUE_TTL_S, WHOLE_PASS_S = 0, 1, 2, 3, 4  # Routing.policy
+
+COEFFICIENTS = np.dtype([(name, np.float64) for name in StepCoefficients._fields])
+"""One operating point: a record with the fields of ``StepCoefficients``, by their names."""
 
 
 class Engines(NamedTuple):
@@ -87,10 +97,7 @@ class Routing(NamedTuple):
     whole_pass_s: F  # (1,) when those waiting are offered every row again
     candidates: N  # (E,) scratch
     lone: N  # (1,) scratch
-    policy: F  # (5,) see SPREAD ... below
-
-
-SPREAD, MARGIN, QUEUE_DEPTH, QUEUE_TTL_S, WHOLE_PASS_S = 0, 1, 2, 3, 4  # Routing.policy
+    policy: F  # (5,) see SPREAD ... above
 
 
 class Ledger(NamedTuple):
@@ -128,7 +135,7 @@ class Arrivals(NamedTuple):
 
 
 class World(NamedTuple):
-    """All of it."""
+    """All of it. In compiled code a record with the same fields stands in its place."""
 
     batch: BatchState
     engines: Engines
@@ -138,156 +145,122 @@ class World(NamedTuple):
     load: Load
     ledger: Ledger
     coefficients: F  # (K,) records of StepCoefficients, by operating point
+    record: Any  # the block itself: what the compiled functions take
 
 
-def _ints(*shape: int, fill: int = 0) -> N:
-    return np.full(shape, fill, dtype=np.int64)
-
-
-def _floats(*shape: int, fill: float = 0.0) -> F:
-    return np.full(shape, fill, dtype=np.float64)
-
-
-def make_world(rows: int, slots: int, pools: int, max_num_seqs: int, coefficients: F) -> World:
-    """A world of this many engine rows and pools, with room for ``slots`` requests at a time."""
-    return World(
-        batch=_batch(rows, slots, max_num_seqs),
-        engines=_engines(rows),
-        flights=Flights(
-            request_class=_ints(slots),
-            routed_class=_ints(slots),
-            predicted_tokens=_floats(slots),
-            ttft_slo_s=_floats(slots),
-            tbt_slo_s=_floats(slots),
-            first_s=_floats(slots),
-            last_s=_floats(slots, fill=-1.0),
-            free=np.arange(slots, dtype=np.int64)[::-1].copy(),
-            free_count=_ints(1, fill=slots),
-        ),
-        routing=_routing(rows, pools),
-        costs=Costs(*(_floats(rows) for _ in Costs._fields)),
-        load=Load(*(_floats(rows) for _ in Load._fields)),
-        ledger=_ledger(),
-        coefficients=coefficients,
-    )
-
-
-def _routing(rows: int, pools: int) -> Routing:
-    return Routing(
-        pools=_ints(CLASSES, pools),
-        pool_count=_ints(CLASSES),
-        first_count=_ints(CLASSES),
-        weight=_floats(CLASSES, pools),
-        credit=_floats(CLASSES, pools),
-        members=_ints(pools, rows),
-        member_count=_ints(pools),
-        fastest=_ints(pools),
-        turn=_ints(pools),
-        head=_ints(CLASSES, fill=NO_SLOT),
-        tail=_ints(CLASSES, fill=NO_SLOT),
-        depth=_ints(CLASSES),
-        whole_pass_s=_floats(1),
-        candidates=_ints(rows),
-        lone=_ints(1),
-        policy=_floats(5),
-    )
-
-
-def _batch(rows: int, slots: int, max_num_seqs: int) -> BatchState:
-    columns: dict[str, Any] = {
-        "input_tokens": _ints(slots),
-        "output_tokens": _ints(slots),
-        "computed_tokens": _ints(slots),
-        "generated_tokens": _ints(slots),
-        "scheduled_tokens": _ints(slots),
-        "blocks": _ints(slots),
-        "priority": _ints(slots),
-        "arrival_s": _floats(slots),
-        "next_slot": _ints(slots, fill=NO_SLOT),
-        "running": _ints(rows, max_num_seqs),
-        "running_count": _ints(rows),
-        "waiting_head": _ints(rows, fill=NO_SLOT),
-        "waiting_tail": _ints(rows, fill=NO_SLOT),
-        "waiting_count": _ints(rows),
-        "free_blocks": _ints(rows),
-        "emitted": _ints(rows, max_num_seqs),
-        "finished": _ints(rows, max_num_seqs),
-        "preempted": _ints(rows, max_num_seqs),
+_ENGINE_SHAPES = {
+    "time": (ROWS, 3),
+    "energy": (ROWS, 3),
+    "step_j": (ROWS, 2),
+    "energy_j": (ROWS, 3),
+    "class_arrivals": (ROWS, CLASSES),
+    "heap_size": (1,),
+}
+_ROUTING_SHAPES = {
+    "pools": (CLASSES, POOLS),
+    "weight": (CLASSES, POOLS),
+    "credit": (CLASSES, POOLS),
+    "members": (POOLS, ROWS),
+    "member_count": (POOLS,),
+    "fastest": (POOLS,),
+    "turn": (POOLS,),
+    "whole_pass_s": (1,),
+    "candidates": (ROWS,),
+    "lone": (1,),
+    "policy": (5,),
+}
+_LEDGER_SHAPES = {
+    "preempted": (1,),
+    "ttft": (CLASSES, BUCKETS),
+    "tbt": (CLASSES, BUCKETS),
+    "tpot": (CLASSES, BUCKETS),
+}
+_BATCH_SHAPES = {
+    **dict.fromkeys(("running", "emitted", "finished", "preempted"), (ROWS, SEQS)),
+    **dict.fromkeys(("running_count", "waiting_head", "waiting_tail", "waiting_count", "free_blocks"), (ROWS,)),
+}
+_FLOATS = frozenset(
+    {
+        "arrival_s",
+        "begin_s",
+        "end_s",
+        "time",
+        "energy",
+        "step_j",
+        "lone_step_s",
+        "energy_j",
+        "busy_s",
+        "worst_share",
+        "predicted_tokens",
+        "ttft_slo_s",
+        "tbt_slo_s",
+        "first_s",
+        "last_s",
+        "weight",
+        "credit",
+        "whole_pass_s",
+        "policy",
+        "window_input",
+        "window_output",
     }
-    return BatchState(**columns)
-
-
-def _engines(rows: int) -> Engines:
-    return Engines(
-        mode=_ints(rows),
-        begin_s=_floats(rows),
-        end_s=_floats(rows),
-        run_steps=_ints(rows),
-        run_seqs=_ints(rows),
-        run_context=_ints(rows),
-        time=_floats(rows, 3),
-        energy=_floats(rows, 3),
-        step_j=_floats(rows, 2),
-        tp=_ints(rows),
-        operating=_ints(rows),
-        draining=_ints(rows),
-        pool=_ints(rows),
-        lone_step_s=_floats(rows),
-        energy_j=_floats(rows, 3),
-        busy_s=_floats(rows),
-        class_arrivals=_ints(rows, CLASSES),
-        worst_share=_floats(rows, fill=-1.0),
-        heap=_ints(rows),
-        heap_position=_ints(rows, fill=-1),
-        heap_size=_ints(1),
-    )
-
-
-def _ledger() -> Ledger:
-    return Ledger(
-        arrived=_ints(CLASSES),
-        finished=_ints(CLASSES),
-        rejected=_ints(CLASSES),
-        within_slo=_ints(CLASSES),
-        within_ttft=_ints(CLASSES),
-        within_tbt=_ints(CLASSES),
-        input_tokens=_ints(CLASSES),
-        output_tokens=_ints(CLASSES),
-        preempted=_ints(1),
-        ttft=_ints(CLASSES, BUCKETS),
-        tbt=_ints(CLASSES, BUCKETS),
-        tpot=_ints(CLASSES, BUCKETS),
-        window_requests=_ints(CLASSES),
-        window_input=_floats(CLASSES),
-        window_output=_floats(CLASSES),
-    )
-
-
-_SLOT_COLUMNS = (
-    "input_tokens",
-    "output_tokens",
-    "computed_tokens",
-    "generated_tokens",
-    "scheduled_tokens",
-    "blocks",
-    "priority",
-    "arrival_s",
-    "next_slot",
 )
 
 
-def with_more_slots(world: World) -> World:
-    """The same world with twice the request slots."""
-    before = len(world.flights.request_class)
+def _layout(names: tuple[str, ...], shapes: dict[str, tuple[int, ...]], default: tuple[int, ...]) -> np.dtype[Any]:
+    return np.dtype([(n, np.float64 if n in _FLOATS else np.int64, shapes.get(n, default)) for n in names])
 
-    def twice(column: Any) -> Any:
-        return np.concatenate([column, np.zeros_like(column)])
 
-    batch = world.batch._replace(**{name: twice(getattr(world.batch, name)) for name in _SLOT_COLUMNS})
-    grown = {name: twice(getattr(world.flights, name)) for name in Flights._fields if name != "free_count"}
-    flights = world.flights._replace(**grown)
-    flights.last_s[before:] = -1.0
-    count = int(flights.free_count[0])
-    flights.free[count : count + before] = np.arange(2 * before - 1, before - 1, -1)
-    flights.free_count[0] = count + before
-    return world._replace(batch=batch, flights=flights)
+_LAYOUT = np.dtype(
+    [
+        ("batch", _layout(BatchState._fields, _BATCH_SHAPES, (SLOTS,))),
+        ("engines", _layout(Engines._fields, _ENGINE_SHAPES, (ROWS,))),
+        ("flights", _layout(Flights._fields, {"free_count": (1,)}, (SLOTS,))),
+        ("routing", _layout(Routing._fields, _ROUTING_SHAPES, (CLASSES,))),
+        ("costs", np.dtype([(name, np.float64, (ROWS,)) for name in Costs._fields])),
+        ("load", np.dtype([(name, np.float64, (ROWS,)) for name in Load._fields])),
+        ("ledger", _layout(Ledger._fields, _LEDGER_SHAPES, (CLASSES,))),
+        ("coefficients", COEFFICIENTS, (POINTS,)),
+    ]
+)
+
+
+def make_world(coefficients: F) -> World:
+    """An empty world with these operating points. Raises ``ValueError`` if they are too many."""
+    if len(coefficients) > POINTS:
+        raise ValueError(f"{len(coefficients)} operating points are more than {POINTS}; give the profile fewer clocks")
+    block: Any = np.zeros(1, dtype=_LAYOUT)
+    record = block[0]
+
+    def views(name: str) -> list[Any]:
+        return [record[name][field] for field in _LAYOUT[name].names or ()]
+
+    world = World(
+        batch=BatchState(*views("batch")),
+        engines=Engines(*views("engines")),
+        flights=Flights(*views("flights")),
+        routing=Routing(*views("routing")),
+        costs=Costs(*views("costs")),
+        load=Load(*views("load")),
+        ledger=Ledger(*views("ledger")),
+        coefficients=record["coefficients"],
+        record=record,
+    )
+    world.coefficients[: len(coefficients)] = coefficients
+    _fill(world)
+    return world
+
+
+def _fill(world: World) -> None:
+    """What does not begin as 0."""
+    batch: Any = world.batch
+    batch.waiting_head[:] = NO_SLOT
+    batch.waiting_tail[:] = NO_SLOT
+    world.engines.worst_share[:] = -1.0
+    world.engines.heap_position[:] = -1
+    world.flights.free[:] = np.arange(SLOTS)[::-1]
+    world.flights.free_count[0] = SLOTS
+    world.routing.head[:] = NO_SLOT
+    world.routing.tail[:] = NO_SLOT
+    column: Any
+    for column, value in zip(world.load, LOAD_EMPTY, strict=True):
+        column[:] = value
