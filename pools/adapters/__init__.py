@@ -1,0 +1,1 @@
+"""What of pools/ reads files or talks to shared state."""
