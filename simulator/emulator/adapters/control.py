@@ -60,7 +60,7 @@ class FaultRequest(msgspec.Struct, forbid_unknown_fields=True):
     faults: Faults = msgspec.field(default_factory=Faults)
 
 
-class _Refused(Exception):
+class RefusedError(Exception):
     """An error for the caller: its kind and status."""
 
     def __init__(self, status: HTTPStatus, kind: str, message: str) -> None:
@@ -87,14 +87,16 @@ class Control:
     # --- life --------------------------------------------------------------------------------------------------------
 
     def create(self, request: InstanceRequest) -> EmulatedInstance:
-        """Start one instance. Raises ``_Refused``."""
+        """Start one instance. Raises ``RefusedError``."""
         options = request.options
         if options.id in self._instances:
-            raise _Refused(HTTPStatus.CONFLICT, "taken", f"instance {options.id} runs already")
+            raise RefusedError(HTTPStatus.CONFLICT, "taken", f"instance {options.id} runs already")
         node = self._nodes.get(options.node)
         if node is None:
             known = ", ".join(self._nodes)
-            raise _Refused(HTTPStatus.NOT_FOUND, "unknown-gpu", f"there is no node {options.node!r}; known: {known}")
+            raise RefusedError(
+                HTTPStatus.NOT_FOUND, "unknown-gpu", f"there is no node {options.node!r}; known: {known}"
+            )
         try:
             profile = self._profile(request.profile)
             if len(options.gpus) != options.tp or len(set(options.gpus)) != options.tp:
@@ -111,14 +113,14 @@ class Control:
                 self._api.handle,
             )
         except NoSuchGpuError as error:
-            raise _Refused(HTTPStatus.NOT_FOUND, "unknown-gpu", str(error)) from None
+            raise RefusedError(HTTPStatus.NOT_FOUND, "unknown-gpu", str(error)) from None
         except GpuHeldError as error:
-            raise _Refused(HTTPStatus.CONFLICT, "gpu-busy", str(error)) from None
+            raise RefusedError(HTTPStatus.CONFLICT, "gpu-busy", str(error)) from None
         except (ProfileError, ValueError) as error:
-            raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "refused", str(error)) from None
+            raise RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, "refused", str(error)) from None
         except OSError as error:
             message = f"instance {options.id}: cannot listen on {options.host}:{options.port}: {error.strerror}"
-            raise _Refused(HTTPStatus.CONFLICT, "refused", message) from None
+            raise RefusedError(HTTPStatus.CONFLICT, "refused", message) from None
         self._instances[options.id] = instance
         instance.start()
         return instance
@@ -157,10 +159,10 @@ class Control:
         """Answer one request."""
         try:
             self._route(exchange)
-        except _Refused as error:
+        except RefusedError as error:
             _refuse(exchange, error)
         except msgspec.MsgspecError as error:
-            _refuse(exchange, _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "refused", f"body: {error}"))
+            _refuse(exchange, RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, "refused", f"body: {error}"))
 
     def _route(self, exchange: Exchange) -> None:
         parts = exchange.path.strip("/").split("/")
@@ -189,7 +191,9 @@ class Control:
             case "POST", ["instances", instance_id, change]:
                 self._change(exchange, self._get(instance_id), change)
             case _:
-                raise _Refused(HTTPStatus.NOT_FOUND, "no-route", f"{exchange.method} {exchange.path} is not known here")
+                raise RefusedError(
+                    HTTPStatus.NOT_FOUND, "no-route", f"{exchange.method} {exchange.path} is not known here"
+                )
 
     def _change(self, exchange: Exchange, instance: EmulatedInstance, change: str) -> None:
         if change == "clock":
@@ -203,7 +207,7 @@ class Control:
             self._inject(instance, msgspec.json.decode(exchange.body or b"{}", type=FaultRequest))
             _answer(exchange, {})
         else:
-            raise _Refused(HTTPStatus.NOT_FOUND, "no-route", f"an instance has no {change!r}")
+            raise RefusedError(HTTPStatus.NOT_FOUND, "no-route", f"an instance has no {change!r}")
 
     def _set_clock(self, instance: EmulatedInstance, sm_clock_mhz: int) -> int:
         """Set the clock; of a parked one, the clock it will wake to."""
@@ -235,12 +239,12 @@ class Control:
 
     def _set_power(self, exchange: Exchange, name: str) -> None:
         if name not in self._nodes:
-            raise _Refused(HTTPStatus.NOT_FOUND, "unknown-gpu", f"there is no node {name!r}")
+            raise RefusedError(HTTPStatus.NOT_FOUND, "unknown-gpu", f"there is no node {name!r}")
         on = msgspec.json.decode(exchange.body, type=PowerRequest).on
         try:
             self._nodes[name].set_power(on, self._loop.time())
         except GpuHeldError as error:
-            raise _Refused(HTTPStatus.CONFLICT, "gpu-busy", str(error)) from None
+            raise RefusedError(HTTPStatus.CONFLICT, "gpu-busy", str(error)) from None
         _answer(exchange, {})
 
     def _listen(self, exchange: Exchange) -> None:
@@ -264,7 +268,7 @@ class Control:
             return self._instances[instance_id]
         except KeyError:
             message = f"there is no instance {instance_id}"
-            raise _Refused(HTTPStatus.NOT_FOUND, "unknown-instance", message) from None
+            raise RefusedError(HTTPStatus.NOT_FOUND, "unknown-instance", message) from None
 
     @staticmethod
     def _described(instance: EmulatedInstance) -> dict[str, Any]:
@@ -292,12 +296,12 @@ def _grace_s(exchange: Exchange) -> float:
         return float(given)
     except ValueError:
         message = f"grace_s must be a number of seconds, not {given!r}"
-        raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "refused", message) from None
+        raise RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, "refused", message) from None
 
 
 def _answer(exchange: Exchange, value: object, status: int = HTTPStatus.OK) -> None:
     exchange.respond(status, msgspec.json.encode(value))
 
 
-def _refuse(exchange: Exchange, error: _Refused) -> None:
+def _refuse(exchange: Exchange, error: RefusedError) -> None:
     _answer(exchange, {"error": error.kind, "message": str(error)}, error.status)
