@@ -26,6 +26,8 @@ class Flight:
     request: Request
     instance_id: str
     promised_tbt_s: float
+    due_s: float  # when its first token was expected
+    resteers: int = 0  # times it was taken to another instance
     started: bool = False  # its first token has come
 
 
@@ -173,6 +175,14 @@ class Fleet:
         foreign.counted, foreign.context_tokens = requests, context_tokens
         self._refresh(i)
 
+    def in_flight(self, instance_id: str) -> int:
+        """Requests this gateway has on an instance; 0 for one it does not know."""
+        i = self.index.get(instance_id)
+        if i is None:
+            return 0
+        foreign = self._foreign.get(instance_id)
+        return round(self.load.in_flight[i] - (foreign.counted if foreign is not None else 0.0))
+
     def sent(self, i: int, request: Request, now_s: float) -> Assigned:
         """Count a request sent to instance ``i``."""
         tbt_s = request.slo.tbt_s
@@ -183,7 +193,7 @@ class Fleet:
         promises = self._promises[i]
         promises[tbt_s] = promises.get(tbt_s, 0) + 1
         answer = self.assigned[i]
-        self.flights[request.id] = Flight(request, answer.instance_id, tbt_s)
+        self.flights[request.id] = Flight(request, answer.instance_id, tbt_s, self.load.prefill_done_s[i])
         return answer
 
     def started(self, flight: Flight, now_s: float) -> None:

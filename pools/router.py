@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from pools import scoring
+from pools.escalation import Escalated, EscalationLimits, late
 from pools.fleet import Fleet, Flight, OpenPool
 from pools.outliers import EjectionLimits
 from pools.queue import QueueLimits, RequestQueue, Waiting
@@ -33,6 +34,7 @@ class RouterLimits:
     weights: Weights = field(default_factory=Weights)
     queue: QueueLimits = field(default_factory=QueueLimits)
     ejection: EjectionLimits = field(default_factory=EjectionLimits)
+    escalation: EscalationLimits = field(default_factory=EscalationLimits)
     max_retry_after_s: float = 30.0
     whole_pass_s: float = 0.05  # how often those waiting are offered every instance again
 
@@ -93,7 +95,14 @@ class Router:
         return self._wait(path, request, now_s, exclude)
 
     def _find(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
-        """The best instance with headroom, own pool before dominating ones; past hope, the one least late."""
+        """The best instance that keeps the SLO; if none could even when empty, the one least late."""
+        i = self._find_on_time(path, request, now_s, exclude)
+        if i == scoring.NONE and self._hopeless(path, request, now_s):
+            return self._find_least_late(path, request, now_s, exclude)
+        return i
+
+    def _find_on_time(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
+        """The best instance with headroom; own pool before dominating ones."""
         fleet, (spread, margin) = self.fleet, self.limits.weights
         costs, load = fleet.costs, fleet.load
         input_tokens, output_tokens, slo = request.input_tokens, request.output_tokens, request.slo
@@ -106,8 +115,6 @@ class Router:
                 )
                 if i != scoring.NONE:
                     return i
-        if self._hopeless(path, request, now_s):
-            return self._find_least_late(path, request, now_s, exclude)
         return scoring.NONE
 
     def _hopeless(self, path: Path, request: Request, now_s: float) -> bool:
@@ -147,13 +154,16 @@ class Router:
         if not queue.admits(request.priority):
             shed = queue.shed_below(request.priority)
             if shed is None:
-                return Rejected(RejectReason.SATURATED, contended=True, retry_after_s=self.retry_after_s)
+                return self._refusal(RejectReason.SATURATED)
             self._refuse(shed, RejectReason.EVICTED_QUEUE_PRESSURE)
         queue.push(request, now_s, exclude)
         return Queued(queue.depth)
 
     def _refuse(self, request: Request, reason: RejectReason) -> None:
-        self._refused.append((request, Rejected(reason, contended=True, retry_after_s=self.retry_after_s)))
+        self._refused.append((request, self._refusal(reason)))
+
+    def _refusal(self, reason: RejectReason) -> Rejected:
+        return Rejected(reason, contended=True, retry_after_s=self.retry_after_s)
 
     @property
     def next_release_s(self) -> float:
@@ -223,6 +233,34 @@ class Router:
         """When one refused now might find a place: those waiting, at the pace at which requests end; 1 s to a limit."""
         return min(max((self.queue.depth + 1) * self._finish_gap_s, 1.0), self.limits.max_retry_after_s)
 
+    # Escalation -------------------------------------------------------------------------------------------------------
+
+    def escalate(self, now_s: float) -> list[Escalated]:
+        """Take requests that will get their first token too late to an instance that can keep their deadline still.
+
+        Nothing of them has been answered, so the relay can stop them where they are. What is past its deadline by
+        ``squash_late_s`` is given up, sent or waiting. Call it now and then: it looks at all requests in flight.
+        """
+        limits = self.limits.escalation
+        done = [
+            Escalated(w.request, None, self._refusal(RejectReason.TTL_EXPIRED))
+            for w in self.queue.drop(lambda w: now_s > w.request.deadline_s + limits.squash_late_s)
+        ]
+        for flight in late(self.fleet.flights.values(), now_s):
+            request = flight.request
+            if now_s > request.deadline_s + limits.squash_late_s:
+                self._left(request.id, now_s)
+                done.append(Escalated(request, flight.instance_id, self._refusal(RejectReason.TTL_EXPIRED)))
+            elif flight.resteers < limits.resteers and request.model in self._paths:
+                path = self._paths[request.model][request.request_class]
+                i = self._find_on_time(path, request, now_s, frozenset((flight.instance_id,)))
+                if i != scoring.NONE:
+                    self._left(request.id, now_s)
+                    assigned = self.fleet.sent(i, request, now_s)
+                    self.fleet.flights[request.id].resteers = flight.resteers + 1
+                    done.append(Escalated(request, flight.instance_id, assigned))
+        return done
+
     # What is told -----------------------------------------------------------------------------------------------------
 
     def update(self, view: ClusterView, now_s: float) -> None:
@@ -257,8 +295,8 @@ class Router:
             self._plan_paths()
 
     def in_flight(self, instance_id: str) -> int:
-        """Requests sent to an instance that have not ended; a walk over all, for drains and not for routing."""
-        return sum(flight.instance_id == instance_id for flight in self.fleet.flights.values())
+        """Requests sent to an instance that have not ended."""
+        return self.fleet.in_flight(instance_id)
 
     def on_first_token(self, request_id: str, now_s: float) -> None:
         """Its first byte came: the instance works."""

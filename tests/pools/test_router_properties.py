@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pool_examples import SLOW_STEP, STEP, cluster, request
 
 from pools.classes import REQUEST_CLASSES, RequestClass, Slo
+from pools.escalation import EscalationLimits
 from pools.instances import InstanceState
 from pools.outliers import EjectionLimits
 from pools.queue import QueueLimits
@@ -18,7 +19,9 @@ from pools.view import EngineLoad
 
 CLASSES = (RequestClass.SS, RequestClass.SM, RequestClass.MM, RequestClass.ML, RequestClass.LL)
 LIMITS = RouterLimits(
-    queue=QueueLimits(max_depth=6, ttl_s=20.0), ejection=EjectionLimits(consecutive_failures=2, base_s=2.0)
+    queue=QueueLimits(max_depth=6, ttl_s=20.0),
+    ejection=EjectionLimits(consecutive_failures=2, base_s=2.0),
+    escalation=EscalationLimits(squash_late_s=4.0),
 )
 
 
@@ -108,6 +111,18 @@ class RouterMachine(RuleBasedStateMachine):
         for r, decision in self.router.release(self.now_s):
             del self.waiting[r.id]
             self.taken(r, decision)
+
+    @rule(dt=st.floats(0.0, 1.0))
+    def escalate(self, dt):
+        self.now_s += dt
+        for e in self.router.escalate(self.now_s):
+            if e.left is None:
+                del self.waiting[e.request.id]
+            else:
+                assert self.running.pop(e.request.id)[1] == e.left
+            if isinstance(e.decision, Assigned):
+                assert e.decision.instance_id != e.left
+            self.taken(e.request, e.decision)
 
     @rule(data=st.data(), state=st.sampled_from(InstanceState), slow=st.booleans())
     def reconfigure(self, data, state, slow):
