@@ -54,6 +54,11 @@ class Gateway:
         """Raises ``ApiError`` 401 for a caller without one of the configured keys."""
         self._admission.authorize(authorization)
 
+    @property
+    def open_connections(self) -> int:
+        """Connections to instances, busy and idle."""
+        return self._pool.open_connections
+
     # For connections
 
     def connected(self, connection: GatewayProtocol) -> None:

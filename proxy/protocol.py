@@ -101,7 +101,8 @@ class GatewayProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client connected."""
         super().connection_made(cast(asyncio.Transport, transport))
-        self._active: Any = None
+        self._active: Any = None  # what is being answered: an Exchange or a cycle of uvicorn's
+        self._advancing = False
         self._complete: Exchange | None = None
         self._refusal: ApiError | None = None
         self._head_bytes = 0
@@ -317,9 +318,14 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._reading is Reading.NOTHING:
             self._reading = Reading.HEAD_OR_END
             self._since_s = self.gateway.services.clock()
-        if self.pipeline:
-            cycle, app = self.pipeline.pop()
-            self._start_asgi_task(cycle, app)
+        if self._advancing:  # called from within the loop below
+            return
+        self._advancing = True
+        try:
+            while self.pipeline and self._active is None and not self.transport.is_closing():
+                self._start_asgi_task(*self.pipeline.pop())
+        finally:
+            self._advancing = False
 
     def _refuse(self, error: ApiError) -> None:
         """Tell and close; in the middle of an answer there is nobody to tell."""

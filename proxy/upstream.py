@@ -133,7 +133,10 @@ class Connection(asyncio.Protocol):
         try:
             self._receive(data, relay)
         except Exception:  # a fault of ours: no client shall wait for what never comes
-            self._fail(Failure.BROKEN)
+            if self._relay is relay:
+                self._fail(Failure.BROKEN)
+            else:
+                relay.broken(Failure.BROKEN, self._pool.clock())
             raise
 
     def _receive(self, data: bytes, relay: Relay) -> None:

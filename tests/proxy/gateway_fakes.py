@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import httptools
+import uvloop
 from uvicorn.server import ServerState
 
 from pools.request import Assigned, Queued, Rejected, RejectReason
@@ -204,8 +205,11 @@ class PlainRouter:
         return self._assign(request, open_instances)
 
     def _assign(self, request, instances):
-        self._turn += 1
-        instance = instances[self._turn % len(instances)]
+        while True:
+            self._turn = (self._turn + 1) % len(self.instances)
+            instance = self.instances[self._turn]
+            if instance in instances:
+                break
         self.flying[request.id] = instance
         return Assigned(instance, "LL")
 
@@ -414,4 +418,11 @@ def play(scenario, timeout_s=10.0):
         async with asyncio.timeout(timeout_s):
             return await scenario()
 
-    return asyncio.run(bounded())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(bounded())
+
+
+async def until(condition):
+    """Give the loop turns until something has happened."""
+    while not condition():  # noqa: ASYNC110 - what is awaited has no event of its own
+        await asyncio.sleep(0.002)
