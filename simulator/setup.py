@@ -31,7 +31,9 @@ class SimulationSetup:
     delays: Delays = field(default_factory=Delays)
     slos: ClassSlos = field(default_factory=ClassSlos)
     weights: Weights = field(default_factory=Weights)
-    queue: QueueLimits = field(default_factory=lambda: QueueLimits(max_depth=1_000_000))  # count late, do not refuse
+    queue: QueueLimits = field(
+        default_factory=lambda: QueueLimits(1_000_000, ttl_s=600.0)
+    )  # late counts as late, not as refused
     prediction: LengthPrediction = field(default_factory=LengthPrediction)
     empty_nodes_off: bool = True  # a node without instances draws nothing and is not paid for
     sample_s: float = 60.0  # of the series kept for plots
