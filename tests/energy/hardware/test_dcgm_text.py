@@ -30,7 +30,7 @@ def test_what_is_written_reads_back(readings):
 def test_an_exporters_own_text_is_read_and_other_metrics_are_passed_over():
     text = (
         "# HELP DCGM_FI_DEV_POWER_USAGE Power draw (in W).\n"
-        'DCGM_FI_DEV_POWER_USAGE{gpu="3",UUID="GPU-1",pci_bus_id="0000:1b",modelName="NVIDIA H100",Hostname="n1"} 98.1\n'
+        'DCGM_FI_DEV_POWER_USAGE{gpu="3",UUID="GPU-1",pci_bus_id="1b",modelName="NVIDIA H100",Hostname="n1"} 98.1\n'
         'DCGM_FI_PROF_SM_ACTIVE{gpu="3",Hostname="n1"} 0.5\n'
         "process_cpu_seconds_total 12\n"
     )
