@@ -1,0 +1,349 @@
+"""PlanningController: the cluster, pool and instance controllers as one pure tick machine, set up by a Policy.
+
+- joint mode: one plan for the whole cluster, often; costs of change set the time-scales. A plan is made anew early when
+  what comes outgrows it.
+- hierarchy (the paper's): every 30 min GPUs for each pool, by fragmentation of the predicted peak; every 5 min the TP
+  mix
+  within them; every 5 s clocks.
+- static (baselines): GPUs are provided once, for a peak given beforehand.
+
+It never reads a clock nor acts: a driver calls ``on_tick`` and carries out the actions (see ``solver.control``).
+Between plans it compares the cluster with the plan at every tick and orders what is missing, so lost instances come
+back and what had to wait is done when it can be. Source: DynamoLLM section IV; the joint mode is ours.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from energy.capacity import CapacityTable
+from pools.instances import InstanceState
+from pools.view import PoolView
+from solver.candidates import CLASSES, Candidates, candidates
+from solver.clocks import ClockChooser, ClockSettings
+from solver.control import (
+    STATE_CODE,
+    Action,
+    ClusterState,
+    Diagnostic,
+    Effects,
+    FloatArray,
+    Level,
+    Observation,
+    Plan,
+    Reshard,
+    Route,
+    ScaleOut,
+    SetFrequency,
+    Tick,
+)
+from solver.diff import DiffSettings, diff
+from solver.escalation import EscalationLadder, EscalationSettings
+from solver.forecast import Forecast, Forecaster, SlotForecaster
+from solver.fragmentation import fragment
+from solver.planner import ChangeCosts, ClusterCosts, PlanLimits, Planned, Planner, Restriction
+from solver.policies import Policy
+
+READY = STATE_CODE[InstanceState.READY]
+STARTING = STATE_CODE[InstanceState.STARTING]
+DRAINING = STATE_CODE[InstanceState.DRAINING]
+_SECOND_CHECK_S = 0.5  # ticks nearer than this are one
+
+
+@dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """What a controller is told beside its policy."""
+
+    changes: ChangeCosts = field(default_factory=ChangeCosts)
+    cluster_costs: ClusterCosts = field(default_factory=ClusterCosts)
+    limits: PlanLimits = field(default_factory=PlanLimits)
+    clocks: ClockSettings = field(default_factory=ClockSettings)
+    diff: DiffSettings = field(default_factory=DiffSettings)
+    escalation: EscalationSettings = field(default_factory=EscalationSettings)
+    lead_s: float = 120.0
+    """How far beyond its period a plan looks: what starts now is READY by then (background start for a peak)."""
+    standby_s: float = 0.0
+    """How far ahead parked instances must cover the peak; 0: nothing is parked for later."""
+    replan_change: float = 0.02
+    """A joint plan stays while the forecast has moved by less than this since it was made."""
+    surge_memory_s: float = 15.0
+    surge: float = 1.0
+    """Demand beyond this share of a plan's reserve, seen over ``surge_memory_s``, makes a new plan at once."""
+    least_gap_s: float = 15.0
+    """Plans made for a surge are at least this far apart."""
+
+
+class PlanningController:
+    """A ``Controller`` for every policy."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        tables: Mapping[str, CapacityTable],
+        pools: Sequence[PoolView],
+        settings: ControlSettings | None = None,
+        forecaster: Forecaster | None = None,
+        provision: Forecast | None = None,
+        epoch: int = 1,
+        stopwatch: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """``tables`` by model; ``pools`` as in ``ClusterState.pools``, in that order.
+
+        ``provision`` is the peak that static policies provide for. ``stopwatch`` gives seconds for the solve times in
+        diagnostics, nothing else. Raises ``ValueError`` where policy, tables and pools do not fit.
+        """
+        if policy.static and provision is None:
+            raise ValueError(f"policy {policy.name} provides for a peak once: pass provision=Forecast(...)")
+        self.policy = policy
+        self.plan: Plan | None = None
+        self._settings = settings or ControlSettings()
+        self._pools = tuple(pools)
+        self.candidates: Candidates = candidates(tables, pools, policy.knobs)
+        self._planner = Planner(
+            self.candidates, self._settings.changes, self._settings.cluster_costs, self._settings.limits
+        )
+        self._forecaster = forecaster or SlotForecaster(CLASSES * len(tables))
+        self._provision = provision
+        self._epoch = epoch
+        self._stopwatch = stopwatch
+        self._chooser = ClockChooser(tables, pools, self._settings.clocks) if policy.scale_clocks else None
+        self._ladder = EscalationLadder(self._settings.escalation)
+        self._top_mhz = {model: table.sm_clocks_mhz[-1] for model, table in tables.items()}
+        self._due: dict[Level, float] = {}
+        self._version = 0
+        self._serial = 0
+        self._ordered: dict[str, ScaleOut] = {}
+        self._settled = False
+        self._routed: tuple[int, int] | None = None
+        self._planned_for: Forecast | None = None
+        self._planned_at_s = float("-inf")
+        self._recent_rps = np.zeros(CLASSES * len(tables))
+        self._restriction = Restriction()
+
+    def first_tick(self, now_s: float) -> Tick:
+        """All levels at once, now."""
+        planning = Level.JOINT if self.policy.joint else Level.CLUSTER | Level.POOL
+        return Tick(now_s, Level.INSTANCE | planning)
+
+    def on_tick(self, tick: Tick, observation: Observation) -> Effects:
+        """Decide what is due; says why."""
+        now_s = observation.now_s
+        self._forecaster.observe(now_s, observation.demand)
+        self._follow_recent(observation)
+        notes: list[Diagnostic] = []
+        levels = tick.levels
+        if self._surges(observation):
+            levels |= Level.JOINT
+        if levels & ~Level.INSTANCE:
+            notes += self._make_plan(levels, observation)
+        actions = self._reconcile(now_s, observation.cluster)
+        if levels & Level.INSTANCE:
+            quick, quick_notes = self._instances(observation)
+            actions += quick
+            notes += quick_notes
+        return Effects(tuple(actions), self._next_tick(now_s, levels), tuple(notes))
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def _next_tick(self, now_s: float, levels: Level) -> Tick:
+        """The earliest of what is due next, with all that is due at the same time."""
+        periods = self.policy.periods
+        every = {Level.INSTANCE: periods.instance_s}
+        if self.policy.joint:
+            every[Level.JOINT] = periods.joint_s
+        else:
+            every |= {Level.POOL: periods.pool_s, Level.CLUSTER: periods.cluster_s}
+        for level, period_s in every.items():
+            if levels & level or level not in self._due:
+                self._due[level] = now_s + period_s
+        at_s = min(self._due.values())
+        due = Level(0)
+        for level, when_s in self._due.items():
+            if when_s <= at_s + _SECOND_CHECK_S:
+                due |= level
+        return Tick(at_s, due)
+
+    # --- planning ----------------------------------------------------------------------------------------------------
+
+    def _follow_recent(self, observation: Observation) -> None:
+        demand = observation.demand
+        if demand.window_s > 0.0:
+            keep = float(np.exp(-demand.window_s / self._settings.surge_memory_s))
+            self._recent_rps = self._recent_rps * keep + (demand.requests / demand.window_s) * (1.0 - keep)
+
+    def _surges(self, observation: Observation) -> bool:
+        """Whether what comes outgrows the plan, so that waiting for the next would cost SLOs."""
+        if not self.policy.joint or self.policy.static or self._planned_for is None:
+            return False
+        if observation.now_s < self._planned_at_s + self._settings.least_gap_s:
+            return False
+        work = self._work_of(self._recent_rps) - self._settings.surge * self._work_of(self._planned_for.reserve_rps)
+        return bool(work > 0.0)
+
+    def _work_of(self, rate_rps: FloatArray) -> float:
+        """Demand in GPUs at the least GPUs per request: classes weigh what they need."""
+        c = self.candidates
+        per_request = c.work * (c.shape_tp[c.group_shape] / c.group_peak)
+        return float(rate_rps @ per_request.min(axis=1))
+
+    def _make_plan(self, levels: Level, observation: Observation) -> list[Diagnostic]:
+        if self.policy.static:
+            return self._plan_static(levels, observation)
+        periods = self.policy.periods
+        if self.policy.joint:
+            forecast = self._forecast(observation, periods.joint_s)
+            if self._stays(forecast, observation.now_s):
+                return [_note("plan", "the forecast has hardly moved: the plan stays", self._rates(forecast))]
+            return [self._solve(forecast, observation, periods.joint_s)]
+        notes = []
+        if levels & Level.CLUSTER:
+            peak = self._forecast(observation, periods.cluster_s)
+            parts = fragment(self.candidates, peak.reserve_rps)
+            self._restriction = Restriction((np.zeros(len(self._pools)), parts.gpus), (parts.share > 0.0).astype(float))
+            gpus = {pool.name: float(n) for pool, n in zip(self._pools, parts.gpus, strict=True)}
+            notes.append(_note("cluster", "GPUs of each pool for the predicted peak", gpus))
+        notes.append(self._solve(self._forecast(observation, periods.pool_s), observation, periods.pool_s))
+        return notes
+
+    def _plan_static(self, levels: Level, observation: Observation) -> list[Diagnostic]:
+        """Provide once; afterwards only the TP mix may change within what each pool was given."""
+        assert self._provision is not None  # checked when it was made
+        if self.plan is None:
+            whole = max(self.candidates.shape_tp)
+            notes = [self._solve(self._provision, observation, float("inf"))]
+            if self.plan is not None:
+                gpus = np.array([float(-(-self.plan.gpus(pool.name) // whole) * whole) for pool in self._pools])
+                self._restriction = Restriction((gpus, gpus))
+            return notes
+        if not self.policy.scale_shards:
+            return [_note("plan", "static: provided for the peak", {})]
+        period_s = self.policy.periods.pool_s
+        if observation.now_s < self._planned_at_s + period_s - _SECOND_CHECK_S:
+            return []
+        return [self._solve(self._forecast(observation, period_s), observation, period_s)]
+
+    def _forecast(self, observation: Observation, period_s: float) -> Forecast:
+        """What to plan for: the forecast, or what is already here if that is more."""
+        forecast = self._forecaster.forecast(observation.now_s, period_s + self._settings.lead_s)
+        queued = observation.demand.queued / max(self._settings.surge_memory_s, 1.0)
+        if self._work_of(self._recent_rps) > self._work_of(forecast.reserve_rps):
+            surge = np.maximum(self._recent_rps, forecast.mean_rps)
+            forecast = Forecast(surge, np.maximum(surge * 1.1, forecast.reserve_rps))
+        return replace(forecast, reserve_rps=forecast.reserve_rps + queued)
+
+    def _stays(self, forecast: Forecast, now_s: float) -> bool:
+        """Whether the last plan is still good: little has changed since, and what was ordered is done."""
+        before = self._planned_for
+        if before is None or self.plan is None or not self._settled:
+            return False
+        moved = (
+            np.abs(forecast.mean_rps - before.mean_rps).sum() + np.abs(forecast.reserve_rps - before.reserve_rps).sum()
+        )
+        scale = before.mean_rps.sum() + before.reserve_rps.sum()
+        recent = now_s < self._planned_at_s + 10.0 * self.policy.periods.joint_s
+        return recent and bool(moved <= self._settings.replan_change * scale)
+
+    def _solve(self, forecast: Forecast, observation: Observation, horizon_s: float) -> Diagnostic:
+        standby = forecast.reserve_rps
+        if self._settings.standby_s > 0.0:
+            standby = self._forecaster.forecast(observation.now_s, self._settings.standby_s).reserve_rps
+        problem = self._planner.problem(observation.cluster, forecast, standby, self._restriction)
+        began_s = self._stopwatch()
+        planned = self._planner.plan(problem)
+        solve_s = self._stopwatch() - began_s
+        numbers = {**self._rates(forecast), "solve_s": solve_s, **_numbers(planned)}
+        if not planned.solution.found:
+            return _note("plan", planned.why, numbers)
+        self._version += 1
+        self.plan = self._planner.as_plan(planned, self._epoch, self._version, observation.now_s, horizon_s)
+        self._planned_for, self._planned_at_s = forecast, observation.now_s
+        self._settled = False
+        return _note("plan", planned.why, numbers)
+
+    def _rates(self, forecast: Forecast) -> dict[str, float]:
+        """Predicted against observed."""
+        before = self._planned_for
+        return {
+            "forecast_rps": float(forecast.mean_rps.sum()),
+            "reserve_rps": float(forecast.reserve_rps.sum()),
+            "observed_rps": float(self._recent_rps.sum()),
+            "previous_forecast_rps": float(before.mean_rps.sum()) if before else float("nan"),
+        }
+
+    # --- acting ------------------------------------------------------------------------------------------------------
+
+    def _reconcile(self, now_s: float, cluster: ClusterState) -> list[Action]:
+        """Order what the plan still lacks; nothing while cluster and plan agree."""
+        if self.plan is None:
+            return []
+        self._ordered = {
+            name: order
+            for name, order in self._ordered.items()
+            if name not in cluster.instances.ids and now_s <= order.deadline_s
+        }
+        if self._settled and self._agrees(cluster):
+            return []
+        actions = diff(self.plan, cluster, now_s, self._pools, self._settings.diff, self._ordered, self._serial)
+        starts = [a for a in actions if isinstance(a, ScaleOut)]
+        starts += [order for a in actions if isinstance(a, Reshard) for order in a.create]
+        self._serial += len(starts)
+        self._ordered |= {order.instance_id: order for order in starts}
+        route_is_new = self._routed != self.plan.stamp
+        self._routed = self.plan.stamp
+        changes = [a for a in actions if not isinstance(a, Route)]
+        states = cluster.instances.state
+        self._settled = not changes and not self._ordered and not np.any(np.isin(states, (STARTING, DRAINING)))
+        return [a for a in actions if route_is_new or not isinstance(a, Route)]
+
+    def _agrees(self, cluster: ClusterState) -> bool:
+        """Whether as many instances are there as planned: a crash shows here."""
+        assert self.plan is not None
+        planned = sum(group.count for group in self.plan.groups if not group.parked)
+        return int(np.count_nonzero(np.isin(cluster.instances.state, (READY, STARTING)))) == planned
+
+    def _instances(self, observation: Observation) -> tuple[list[Action], list[Diagnostic]]:
+        """Clocks and escalation."""
+        views, now_s = observation.cluster.instances, observation.now_s
+        if not len(views):
+            return [], []
+        actions: list[Action] = []
+        notes: list[Diagnostic] = []
+        clock = views.sm_clock_mhz
+        if self._chooser is not None:
+            choice = self._chooser.choose(observation.demand.window_s, views)
+            clock = choice.sm_clock_mhz
+            for i in np.flatnonzero(clock != views.sm_clock_mhz):
+                why = "SLO is tight" if choice.raised_for_slack[i] else f"load {choice.load[i]:.2f} of capacity there"
+                actions.append(
+                    SetFrequency(
+                        instance_id=views.ids[i],
+                        sm_clock_mhz=int(clock[i]),
+                        deadline_s=now_s + self._settings.diff.quick_deadline_s,
+                        plan=self.plan.stamp if self.plan else (0, 0),
+                        why=why,
+                    )
+                )
+            full = int(np.count_nonzero(choice.load > 1.0))
+            if full:
+                notes.append(_note("clock", f"{full} instances are given more than they carry at any clock", {}))
+        top = np.array([self._top_mhz[pool.model] for pool in self._pools])[views.pool]
+        escalations = self._ladder.climb(now_s, views, clock >= top)
+        if escalations:
+            notes.append(_note("escalation", f"{len(escalations)} instances miss their SLO at the highest clock", {}))
+        return [*actions, *escalations], notes
+
+
+def _numbers(planned: Planned) -> dict[str, float]:
+    s = planned.solution
+    return {
+        "objective_w": s.objective_w,
+        "power_w": s.power_w,
+        "gap": s.gap,
+        "branch_nodes": float(s.branch_nodes),
+        "served": planned.served,
+    }
+
+
+def _note(topic: str, why: str, numbers: Mapping[str, float]) -> Diagnostic:
+    return Diagnostic(topic, why, dict(numbers))
