@@ -12,6 +12,7 @@ from simulator.emulator.gpus import PowerMeter
 from simulator.engine import Engine, Step
 
 MAX_LAG_S = 0.5
+EARLY_S = 0.6e-3  # uvloop rounds timers to milliseconds: one that comes early is taken, not waited out
 
 
 class EnginePump:
@@ -77,7 +78,7 @@ class EnginePump:
         self._timer = None
         now_s = self._loop.time()
         going_on = True
-        while going_on and self._end_s <= now_s + 1e-4:
+        while going_on and self._end_s <= now_s + EARLY_S:
             result = self.engine.finish_step()
             self._on_tokens(result.emitted, result.finished, self._end_s)
             at_s = self._end_s
