@@ -25,6 +25,7 @@ from solver.control import (
     Action,
     Escalate,
     Park,
+    Reassign,
     Reshard,
     Route,
     ScaleIn,
@@ -65,6 +66,7 @@ class Changes:
     scale_out: int = 0
     scale_in: int = 0
     reshard: int = 0
+    reassign: int = 0
     clock: int = 0
     park: int = 0
     wake: int = 0
@@ -195,6 +197,8 @@ class SimulatedCluster:
             self._park(action, now_s)
         elif isinstance(action, Wake):
             self._wake(action, now_s)
+        elif isinstance(action, Reassign):
+            self._reassign(action)
         elif isinstance(action, Route):
             self.route = action
             self.routes_changed = True
@@ -395,6 +399,16 @@ class SimulatedCluster:
             create(now_s)
         for instance in retiring:
             self._drain(instance, now_s, partial(stopped, instance))
+
+    def _reassign(self, action: Reassign) -> None:
+        instance = self.instances.get(action.instance_id)
+        if instance is None:
+            self._refuse(f"pool of unknown instance {action.instance_id}")
+            return
+        instance.pool = self.pools.index(action.pool)
+        self.world.engines.pool[instance.row] = instance.pool
+        self.changes.reassign += 1
+        self.routes_changed = True
 
     def _park(self, action: Park, now_s: float) -> None:
         instance = self.instances.get(action.instance_id)

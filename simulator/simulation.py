@@ -460,6 +460,7 @@ def simulate(
             "scale_out": changes.scale_out,
             "scale_in": changes.scale_in,
             "reshard": changes.reshard,
+            "reassign": changes.reassign,
             "clock": changes.clock,
             "park": changes.park,
             "wake": changes.wake,
