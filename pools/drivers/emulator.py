@@ -52,13 +52,13 @@ class EmulatedMachine:
 
 @dataclass(frozen=True, slots=True)
 class EmulatedModel:
-    """What an emulated engine of one model is made of; the limits bear vLLM's names."""
+    """What an emulated engine of one model is made of; the limits bear vLLM's names, None is the emulator's default."""
 
     profile: str  # a shipped EnergyProfile's name, or a path
     tokenizer_file: str | None = None
     max_model_len: int = 131_072
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     max_num_queued_reqs: int | None = None
 
 
@@ -128,7 +128,7 @@ class EmulatorDriver:
             "gpus": [gpu.index for gpu in spec.gpus],
             "sm_clock_mhz": spec.sm_clock_mhz,
             **self._startup,
-            **limits,
+            **{name: value for name, value in limits.items() if value is not None},
         }
         return {"profile": profile, "tokenizer_file": tokenizer_file, "options": options}
 

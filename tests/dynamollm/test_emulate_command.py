@@ -55,6 +55,20 @@ def test_it_serves_until_it_is_interrupted():
         assert process.stderr.read() == ""
 
 
+def test_on_sigterm_running_streams_finish_within_the_timeout():
+    with emulate("--port", "0", "--model", "tiny", "--shutdown-timeout", "20") as process:
+        (url,) = re.findall(r"http://[\d.]+:\d+/v1", read_until(process, "control"))
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=20) as answer:
+            pieces = answer.iter_text()
+            said = next(pieces)
+            process.send_signal(signal.SIGTERM)
+            said += "".join(pieces)
+        assert '"finish_reason":"length"' in said
+        assert said.endswith("data: [DONE]\n\n")
+        assert process.wait(10) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -25,7 +25,8 @@ from simulator.emulator.metrics import EngineGauges, EngineMetrics
 from simulator.emulator.text import OutputLengths, Tokenizer
 from simulator.engine import Engine, EngineLimits, RequestTooLongError, Step
 
-BLOCK_TOKENS = 16
+DEFAULT_LIMITS = EngineLimits(kv_blocks=0)  # as in virtual time: one engine model, one set of defaults
+BLOCK_TOKENS = DEFAULT_LIMITS.block_tokens
 PORT_CLOSES_AFTER_S = 0.5  # a dead engine's server answers this long before its port closes
 PauseMode = Literal["abort", "wait", "keep"]
 
@@ -44,8 +45,8 @@ class InstanceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     startup_s: float = 0.0  # loading weights; the port refuses connections meanwhile
     wake_s: float = 1.0  # weights back from host memory
     max_model_len: int = 131_072  # cut to what the KV cache holds, as vLLM's ``auto``
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = DEFAULT_LIMITS.max_num_seqs
+    max_num_batched_tokens: int = DEFAULT_LIMITS.max_num_batched_tokens
     max_num_queued_reqs: int | None = None
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     enable_server_load_tracking: bool = True

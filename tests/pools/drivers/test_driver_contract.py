@@ -30,7 +30,7 @@ def fake() -> FakeDriver:
 
 def emulator() -> EmulatorDriver:
     machines = [EmulatedMachine("node-0"), EmulatedMachine("node-1")]
-    return EmulatorDriver(machines, {MODEL: EmulatedModel(PROFILE)}, processes=2, startup_s=0.02, wake_s=0.02)
+    return EmulatorDriver(machines, {MODEL: EmulatedModel(PROFILE)}, startup_s=0.02, wake_s=0.02)
 
 
 DRIVERS: dict[str, Callable[[], InstanceDriver]] = {"fake": fake, "emulator": emulator}
