@@ -4,6 +4,7 @@ Joins the gateway's fields and outcomes to the predictors of ``pools``, which kn
 """
 
 from pools.lengths import LengthFeatures, LengthPredictor
+from pools.tokens import TokenEstimator
 from proxy.fields import RequestFields
 from proxy.outcome import Outcome
 
@@ -24,6 +25,18 @@ class GatewayLengths:
             request = outcome.request
             features = _features(outcome.fields, request.model, request.input_tokens, request.tenant)
             self._predictor.learn(features, outcome.completion_tokens // max(outcome.fields.choices, 1))
+
+
+class GatewayTokens:
+    """What teaches the gateway's token estimates; give ``learn`` to it as an observer."""
+
+    def __init__(self, estimator: TokenEstimator) -> None:
+        self._estimator = estimator
+
+    def learn(self, outcome: Outcome) -> None:
+        """Take in what the engine counted; a prompt that came as token ids teaches nothing."""
+        if outcome.prompt_tokens is not None and outcome.fields.input_tokens is None:
+            self._estimator.learn(outcome.request.model, outcome.fields.size, outcome.prompt_tokens)
 
 
 def _features(fields: RequestFields, model: str, input_tokens: int, tenant: str = "default-flow") -> LengthFeatures:

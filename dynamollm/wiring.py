@@ -9,7 +9,7 @@ from dynamollm.adapters.clock import monotonic_s
 from dynamollm.adapters.engine_probe import HttpEngineProbe
 from dynamollm.deployment import Deployment, node_names
 from dynamollm.errors import UserError
-from dynamollm.learning import GatewayLengths
+from dynamollm.learning import GatewayLengths, GatewayTokens
 from dynamollm.runner import Runner
 from dynamollm.settings import LimitSettings, Settings
 from energy.adapters.catalogue import load_profile
@@ -21,7 +21,7 @@ from pools.drivers.port import InstanceDriver
 from pools.lengths import RunningLengths, RunningLengthsLimits
 from pools.queue import QueueLimits
 from pools.router import Router, RouterLimits
-from proxy.fields import RequestFields
+from pools.tokens import InputCounter, TokenEstimator
 from proxy.metrics import GatewayMetrics
 from proxy.services import GatewayServices
 from proxy.settings import Deadlines, Limits, ProxySettings
@@ -43,6 +43,7 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
     deployment = Deployment(settings, load_profiles(settings))
     router = Router(router_limits(settings.limits))
     probe = HttpEngineProbe()
+    estimator = TokenEstimator(settings.slo.cuts)
     lengths = GatewayLengths(RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts)))
     return Application(
         settings=settings,
@@ -51,12 +52,12 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
         services=GatewayServices(
             router=router,
             directory=deployment,
-            tokens=FourBytesAToken(),
+            tokens=InputCounter(estimator, {}),
             lengths=lengths,
             metrics=GatewayMetrics(),
             clock=clock,
             settings=proxy_settings(settings),
-            observers=(lengths.learn,),
+            observers=(lengths.learn, GatewayTokens(estimator).learn),
         ),
         probe=probe,
     )
@@ -130,11 +131,3 @@ def read_keys(path: str | None) -> tuple[str, ...]:
     if not keys:
         raise UserError(f"auth.api_keys_file: {path}: holds no key; without the setting everybody may call")
     return keys
-
-
-class FourBytesAToken:
-    """Estimates prompts at four bytes of JSON text a token."""
-
-    def input_tokens(self, fields: RequestFields, model: str) -> int:
-        """Estimated tokens of the prompt."""
-        return max(1, fields.text_bytes // 4)

@@ -6,20 +6,20 @@ event of streams, which accounting needs and the client then does not see unless
 """
 
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pools.classes import Slo
 from pools.request import Request
+from pools.tokens import Messages
 from proxy import errors
-from proxy.fields import RequestFields, read_chat, read_completion, rewritten, stream_options_with_usage
+from proxy.fields import READERS, RequestFields, prompt_of, rewritten, stream_options_with_usage
 from proxy.services import GatewayServices
 from proxy.terms import Headers, Terms, read_headers
 
-CHAT_PATH = b"/v1/chat/completions"
-COMPLETION_PATH = b"/v1/completions"
-READERS = {CHAT_PATH: read_chat, COMPLETION_PATH: read_completion}
-"""The relayed paths, and what reads their bodies."""
+_COUNTED_AT_ONCE_BYTES = 512  # prompts up to here are tokenised in well under a millisecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,17 @@ class Admitted:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """The prompt must be counted exactly, and is too long to do so here: call ``count`` elsewhere, then admit again."""
+
+    count: Callable[[], int]
+
+
+class _TooLongToCount(Exception):
+    """Raised where the text is wanted, to be caught where the count was."""
+
+
 class Admission:
     """Admits requests; counts its ids."""
 
@@ -55,12 +66,12 @@ class Admission:
         self._keys = tuple(key.encode() for key in services.settings.api_keys)
         engine_key = services.settings.engine_api_key
         self._engine_key = b"authorization: Bearer %b\r\n" % engine_key.encode() if engine_key else b""
-        self._count = 0
+        self._ids = 0
 
     def next_id(self) -> str:
         """An id no other request of this process has."""
-        self._count += 1
-        return f"{self._settings.request_id_prefix}{self._count}"
+        self._ids += 1
+        return f"{self._settings.request_id_prefix}{self._ids}"
 
     def authorize(self, authorization: bytes | None) -> None:
         """Raises ``ApiError`` 401 where keys are configured and this is none of them."""
@@ -71,14 +82,35 @@ class Admission:
         if scheme.lower() != b"bearer" or not any(known):
             raise errors.unauthorized()
 
-    def admit(self, path: bytes, headers: Headers, body: bytes, request_id: str, now_s: float) -> Admitted:
-        """What is to be routed; ``request_id`` is ours, the client may have its own. Raises ``ApiError``."""
+    def admit(
+        self,
+        path: bytes,
+        headers: Headers,
+        body: bytes,
+        request_id: str,
+        now_s: float,
+        input_tokens: int | None = None,
+    ) -> Admitted | Undecided:
+        """What is to be routed; ``request_id`` is ours, the client may have its own. Raises ``ApiError``.
+
+        ``input_tokens`` is given where it was ``Undecided`` before.
+        """
         terms, passed = read_headers(headers, self._settings.slo_bounds_s)
         self.authorize(terms.authorization)
         for control in terms.invalid:
             self._services.metrics.invalid.add((control,))
         fields = READERS[path](body)
-        request = self._request(fields, terms, request_id, now_s)
+        model = self._model(fields.model)
+        if input_tokens is None:
+            input_tokens = fields.input_tokens
+        if input_tokens is None:
+            try:
+                input_tokens = self._count(model, path, fields, body)
+            except _TooLongToCount:
+                return Undecided(
+                    lambda: self._services.tokens.count(model, fields.size, partial(prompt_of, path, body)).tokens
+                )
+        request = self._request(fields, terms, request_id, now_s, model, input_tokens)
         public_id = terms.request_id or request_id.encode()
         body, usage_injected = self._forwarded(body, fields, request.priority)
         id_line = b"x-request-id: %b\r\n" % public_id
@@ -99,12 +131,26 @@ class Admission:
             % (id_line, request.request_class.name.encode(), request.input_tokens),
         )
 
-    def _request(self, fields: RequestFields, terms: Terms, request_id: str, now_s: float) -> Request:
+    def _count(self, model: str, path: bytes, fields: RequestFields, body: bytes) -> int:
+        size = fields.size
+
+        def read() -> str | Messages:
+            if size.text_bytes > _COUNTED_AT_ONCE_BYTES:
+                raise _TooLongToCount
+            return prompt_of(path, body)
+
+        return self._services.tokens.count(model, size, read).tokens
+
+    def _request(
+        self,
+        fields: RequestFields,
+        terms: Terms,
+        request_id: str,
+        now_s: float,
+        model: str,
+        input_tokens: int,
+    ) -> Request:
         services, slos = self._services, self._settings.slos
-        model = self._model(fields.model)
-        input_tokens = fields.input_tokens
-        if input_tokens is None:
-            input_tokens = services.tokens.input_tokens(fields, model)
         output_tokens = services.lengths.output_tokens(fields, model, input_tokens)
         request_class = slos.cuts.classify(input_tokens, output_tokens)
         slo = slos.slo(request_class, input_tokens)

@@ -12,7 +12,11 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from pools.tokens import Messages, PromptSize
 from proxy.errors import bad_request
+
+CHAT_PATH = b"/v1/chat/completions"
+COMPLETION_PATH = b"/v1/completions"
 
 _ABSENT = Raw(b"")
 _NULL = Raw(b"null")
@@ -22,6 +26,7 @@ _BOOLEANS = {"true": True, "1": True, "on": True, "false": False, "0": False, "o
 
 
 class _Message(msgspec.Struct):
+    role: Raw = _ABSENT
     content: Raw = _ABSENT
     tool_calls: Raw = _ABSENT
 
@@ -69,17 +74,14 @@ class _CompletionBody(_Body):
 class RequestFields(msgspec.Struct, frozen=True):
     """What the gateway knows of a body.
 
-    ``text_bytes`` is the length of all prompt text as JSON; ``input_tokens`` is known only where the prompt came as
-    token ids. ``prompts`` is how many prompts (or messages) there are.
+    ``size`` measures all prompt text as JSON; ``input_tokens`` is known only where the prompt came as token ids.
     """
 
-    chat: bool
     model: str | None
     stream: bool
     include_usage: bool
-    text_bytes: int
+    size: PromptSize
     input_tokens: int | None
-    prompts: int
     cap_tokens: int | None  # max_tokens or max_completion_tokens
     hint_tokens: int | None  # nvext.agent_hints.osl
     choices: int  # n
@@ -94,6 +96,7 @@ _chat = msgspec.json.Decoder(_ChatBody)
 _completion = msgspec.json.Decoder(_CompletionBody)
 _parts = msgspec.json.Decoder(list[_Part])
 _nvext = msgspec.json.Decoder(_NvExt)
+_texts = msgspec.json.Decoder(str | list[Any])
 _prompts = msgspec.json.Decoder(list[Any])
 _members = msgspec.json.Decoder(dict[str, Raw])
 _encode = msgspec.json.Encoder().encode
@@ -110,7 +113,7 @@ def read_chat(body: bytes) -> RequestFields:
         else:
             text_bytes += len(content)
         text_bytes += len(message.tool_calls)
-    return _fields(fields, chat=True, text_bytes=text_bytes, input_tokens=None, prompts=len(fields.messages))
+    return _fields(fields, PromptSize(text_bytes + len(fields.tools), len(fields.messages)), None)
 
 
 def read_completion(body: bytes) -> RequestFields:
@@ -118,14 +121,26 @@ def read_completion(body: bytes) -> RequestFields:
     fields = _decoded(_completion, body)
     prompt = fields.prompt
     if bytes(memoryview(prompt)[:1]) != b"[":
-        return _fields(fields, chat=False, text_bytes=len(prompt), input_tokens=None, prompts=1)
+        return _fields(fields, PromptSize(len(prompt)), None)
     items: list[Any] = _decoded(_prompts, prompt)
     if items and isinstance(items[0], int):
-        return _fields(fields, chat=False, text_bytes=0, input_tokens=len(items), prompts=1)
+        return _fields(fields, PromptSize(0), len(items))
     if items and isinstance(items[0], list):
         tokens = sum(len(item) for item in items if isinstance(item, list))
-        return _fields(fields, chat=False, text_bytes=0, input_tokens=tokens, prompts=len(items))
-    return _fields(fields, chat=False, text_bytes=len(prompt), input_tokens=None, prompts=max(1, len(items)))
+        return _fields(fields, PromptSize(0), tokens)
+    return _fields(fields, PromptSize(len(prompt)), None)
+
+
+def prompt_of(path: bytes, body: bytes) -> str | Messages:
+    """All prompt text, to be counted exactly. The body has been read before, so it is what it must be."""
+    if path == COMPLETION_PATH:
+        prompt = _texts.decode(_completion.decode(body).prompt)
+        return prompt if isinstance(prompt, str) else "".join(part for part in prompt if isinstance(part, str))
+    return [(_text(message.role), _text(message.content)) for message in _chat.decode(body).messages]
+
+
+READERS = {CHAT_PATH: read_chat, COMPLETION_PATH: read_completion}
+"""The relayed paths, and what reads their bodies."""
 
 
 def rewritten(body: bytes, changes: dict[str, Any]) -> bytes:
@@ -158,20 +173,18 @@ def _decoded(decoder: msgspec.json.Decoder[Any], body: bytes | Raw) -> Any:
         raise bad_request(f"The body is not valid JSON: {error}", "body") from error
 
 
-def _fields(body: Any, *, chat: bool, text_bytes: int, input_tokens: int | None, prompts: int) -> RequestFields:
+def _fields(body: Any, size: PromptSize, input_tokens: int | None) -> RequestFields:
     cap = body.max_completion_tokens
     cap_name = "max_completion_tokens"
     if cap is None:
         cap, cap_name = body.max_tokens, "max_tokens"
     options = body.stream_options
     return RequestFields(
-        chat,
         body.model,
         body.stream if body.stream.__class__ is bool else _boolean(body.stream),
         options is not None and options.include_usage is True,
-        text_bytes + len(body.tools),
+        size,
         input_tokens,
-        prompts,
         _integer(cap, cap_name),
         _hint(body.nvext) if len(body.nvext) else None,
         max(1, _integer(body.n, "n") or 1),
@@ -212,6 +225,14 @@ def _hint(nvext: Raw) -> int | None:
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, OverflowError):
         return None
     return osl if osl is not None and osl >= 0 else None
+
+
+def _text(raw: Raw) -> str:
+    """A role or content as text; parts are joined, what is no text is left out."""
+    content = msgspec.json.decode(raw) if len(raw) else ""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 def _parts_bytes(content: Raw) -> int:

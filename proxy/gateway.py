@@ -6,10 +6,10 @@ Made once; ``protocol`` is the class to give to ``uvicorn.Config(http=...)`` bes
 import asyncio
 
 from proxy import errors, wire
-from proxy.admission import Admission, Admitted
+from proxy.admission import Admission, Admitted, Undecided
 from proxy.errors import ApiError
 from proxy.protocol import Exchange, GatewayProtocol
-from proxy.relay import Link, Relay
+from proxy.relay import Link, Relay, State
 from proxy.services import GatewayServices
 from proxy.upstream import ConnectionPool
 
@@ -24,7 +24,8 @@ class Gateway:
         self.draining = False
         self._admission = Admission(services)
         self._pool = ConnectionPool(services.settings, services.clock)
-        self._waiting: dict[str, Relay] = {}
+        self._relays: dict[str, Relay] = {}  # all that are not done
+        self._waiting = 0
         self._connections: set[GatewayProtocol] = set()
         self._settling = False
         self._timer: asyncio.TimerHandle | None = None
@@ -69,7 +70,7 @@ class Gateway:
         """A client left."""
         self._connections.discard(connection)
 
-    def begin(self, exchange: Exchange, body: bytes) -> None:
+    def begin(self, exchange: Exchange, body: bytes, input_tokens: int | None = None) -> None:
         """A whole request is there: admit it and start its relay, or refuse it."""
         services = self.services
         now_s = services.clock()
@@ -77,13 +78,29 @@ class Gateway:
         try:
             if self.draining:
                 raise errors.shutting_down()
-            admitted = self._admission.admit(exchange.path, exchange.headers, body, request_id, now_s)
+            admitted = self._admission.admit(exchange.path, exchange.headers, body, request_id, now_s, input_tokens)
         except ApiError as error:
             self._refuse(exchange, error, request_id)
             return
-        relay = Relay(admitted, exchange, self, services)
-        exchange.relay = relay
+        if isinstance(admitted, Undecided):
+            self._count(exchange, body, admitted)
+            return
+        relay = exchange.relay = self._relays[request_id] = Relay(admitted, exchange, self, services)
         relay.start(now_s)
+
+    def _count(self, exchange: Exchange, body: bytes, undecided: Undecided) -> None:
+        """Count a long prompt in a thread; the request goes on when that is done."""
+        counting = asyncio.get_running_loop().run_in_executor(None, undecided.count)
+
+        def counted(done: asyncio.Future[int]) -> None:
+            if exchange.disconnected or done.cancelled():
+                return
+            if done.exception() is None:
+                self.begin(exchange, body, done.result())
+            else:  # text the tokenizer or template refuses: the engine will say what is wrong with it
+                self.begin(exchange, body, max(1, len(body) // 4))
+
+        counting.add_done_callback(counted)
 
     def _refuse(self, exchange: Exchange, error: ApiError, request_id: str) -> None:
         self.services.metrics.refused.add((str(error.status),))
@@ -99,27 +116,28 @@ class Gateway:
             return None
         return self._pool.send(address, admitted.message(address.authority), relay)
 
-    def wait(self, request_id: str, relay: Relay) -> None:
-        """Keep a queued request."""
+    def wait(self, relay: Relay) -> None:
+        """A request is queued."""
+        self._waiting += 1
         if self.draining:
             relay.shutdown(self.services.clock())
-        else:
-            self._waiting[request_id] = relay
+
+    def waited(self) -> None:
+        """A queued request is not queued any more."""
+        self._waiting -= 1
 
     def settle(self, request_id: str) -> None:
-        """A request left: others may go."""
-        waiting = self._waiting
-        if waiting:
-            waiting.pop(request_id, None)
-            if waiting and not self._settling:
-                self._release(self.services.clock())
+        """A request is done: others may go."""
+        del self._relays[request_id]
+        if self._waiting and not self._settling:
+            self._release(self.services.clock())
 
     def _release(self, now_s: float) -> None:
         self._settling = True
         try:
             while released := self.services.router.release(now_s):
                 for request, decision in released:
-                    relay = self._waiting.pop(request.id, None)
+                    relay = self._relays.get(request.id)
                     if relay is not None:
                         relay.decision(decision, now_s)
         finally:
@@ -131,20 +149,25 @@ class Gateway:
             return
         self.draining = True
         now_s = self.services.clock()
-        for relay in list(self._waiting.values()):
-            relay.shutdown(now_s)
+        for relay in list(self._relays.values()):
+            if relay.state is State.QUEUED:
+                relay.shutdown(now_s)
 
     def tick(self, now_s: float) -> None:
         """Enforce deadlines, offer places to those waiting, close idle connections."""
         for connection in list(self._connections):
             connection.check_deadlines(now_s)
+        for escalated in self.services.router.escalate(now_s):
+            relay = self._relays.get(escalated.request.id)
+            if relay is not None:
+                relay.moved(escalated.decision, now_s)
         if self._waiting:
             self._release(now_s)
         self._pool.expire(now_s)
         metrics = self.services.metrics
         metrics.set_gauge("dynamollm_client_connections", "Open client connections", len(self._connections))
         metrics.set_gauge("dynamollm_upstream_connections", "Open instance connections", self._pool.open_connections)
-        metrics.set_gauge("dynamollm_waiting_requests", "Requests waiting for an instance", len(self._waiting))
+        metrics.set_gauge("dynamollm_waiting_requests", "Requests waiting for an instance", self._waiting)
 
     def _on_timer(self, due_s: float) -> None:
         now_s = self.services.clock()

@@ -16,8 +16,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from proxy import errors, wire
-from proxy.admission import READERS
 from proxy.errors import ApiError
+from proxy.fields import READERS
 from proxy.relay import Relay
 
 if TYPE_CHECKING:
@@ -115,12 +115,11 @@ class GatewayProtocol(HttpToolsProtocol):
         """The client is gone: so is what it asked for."""
         self.gateway.disconnected(self)
         active, self._active = self._active, None
-        if isinstance(active, Exchange):
-            if active.relay is not None:
-                active.relay.client_gone(self.gateway.services.clock())
-        elif active is not None:
+        if active is not None:
             active.disconnected = True
             active.message_event.set()
+        if isinstance(active, Exchange) and active.relay is not None:
+            active.relay.client_gone(self.gateway.services.clock())
         self.pipeline.clear()
         super().connection_lost(exc)
 

@@ -9,6 +9,9 @@ No socket, no clock, no task: events in, writes out through two narrow ports (``
     NEW         start: Rejected                    DONE        429 or 503
     QUEUED      decision: Assigned                 AWAITING    message sent
     QUEUED      decision: Rejected                 DONE        429 or 503
+    QUEUED,     moved: Assigned                    AWAITING    link closed, message sent to the other instance
+    AWAITING,
+    HOLDING     moved: Rejected                    DONE        429 or 503
     AWAITING    head                               HOLDING
     HOLDING     stream, first event good           RELAYING    head and held events written; router: first token
     HOLDING     stream, first event an error < 500 DONE        that error, as a true HTTP error
@@ -100,11 +103,14 @@ class Network(Protocol):
     def send(self, instance_id: str, admitted: Admitted, relay: "Relay") -> Link | None:
         """Send the request to an instance; None where there is no such instance."""
 
-    def wait(self, request_id: str, relay: "Relay") -> None:
-        """Keep a queued request until the router releases it."""
+    def wait(self, relay: "Relay") -> None:
+        """A request is queued until the router releases it."""
+
+    def waited(self) -> None:
+        """A queued request is not queued any more."""
 
     def settle(self, request_id: str) -> None:
-        """A request left: forget it if it waited, and let others go that may now."""
+        """A request is done: let others go that may now."""
 
 
 class Relay:
@@ -160,7 +166,16 @@ class Relay:
 
     def decision(self, decision: Assigned | Rejected, now_s: float) -> None:
         """The router released it from the queue."""
-        if self.state is State.QUEUED:
+        if self._left_queue():
+            self._decide(decision, now_s)
+
+    def moved(self, decision: Assigned | Rejected, now_s: float) -> None:
+        """The router takes it elsewhere, or gives it up, for it would be late where it is."""
+        if State.QUEUED <= self.state <= State.HOLDING:
+            if not self._left_queue():
+                self._attempts -= 1  # it is no fault of the instance's
+            self._close_link()
+            self._held = b""
             self._decide(decision, now_s)
 
     def client_gone(self, now_s: float) -> None:
@@ -246,12 +261,19 @@ class Relay:
 
     # Routing
 
+    def _left_queue(self) -> bool:
+        if self.state is not State.QUEUED:
+            return False
+        self.state = State.NEW
+        self._network.waited()
+        return True
+
     def _decide(self, decision: Decision, now_s: float) -> None:
         if isinstance(decision, Assigned):
             self._send(decision, now_s)
         elif isinstance(decision, Queued):
             self.state = State.QUEUED
-            self._network.wait(self._admitted.request.id, self)
+            self._network.wait(self)
         else:
             self._services.metrics.dropped.add((decision.reason.value,))
             self._answer_error(errors.rejected(decision), now_s)
@@ -397,6 +419,7 @@ class Relay:
         self._done(error.status, now_s)
 
     def _done(self, status: int, now_s: float, cancelled: bool = False, outcome: Outcome | None = None) -> None:
+        self._left_queue()
         self.state = State.DONE
         if self._events is not None:
             self._usage = self._events.usage

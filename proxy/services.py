@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from pools.escalation import Escalated
 from pools.request import Assigned, Decision, Rejected, Request
+from pools.tokens import Messages, PromptSize, TokenCount
 from proxy.fields import RequestFields
 from proxy.metrics import GatewayMetrics
 from proxy.outcome import Outcome
@@ -36,15 +38,18 @@ class Router(Protocol):
     def on_cancelled(self, request_id: str, now_s: float) -> None:
         """Its client is gone, queued or not."""
 
+    def escalate(self, now_s: float) -> list[Escalated]:
+        """Those sent that will get their first token too late, and where they go instead."""
+
     def release(self, now_s: float) -> list[tuple[Request, Assigned | Rejected]]:
         """Those queued that can go, or have waited too long."""
 
 
 class TokenCounter(Protocol):
-    """How many tokens a prompt is."""
+    """How many tokens a prompt is (``pools/tokens.py``)."""
 
-    def input_tokens(self, fields: RequestFields, model: str) -> int:
-        """Tokens of the prompt, exact or estimated."""
+    def count(self, model: str, size: PromptSize, read: Callable[[], str | Messages] | None = None) -> TokenCount:
+        """Estimated from its size; counted exactly from its text, got with ``read``, only where that is needed."""
 
 
 class LengthPredictor(Protocol):

@@ -12,6 +12,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from pools.request import Assigned, Queued, Rejected, RejectReason
+from pools.tokens import TokenCount
 from proxy.metrics import GatewayMetrics
 from proxy.serve import gateway_config
 from proxy.services import Address, GatewayServices, ServedModel
@@ -192,6 +193,7 @@ class PlainRouter:
         self.flying: dict[str, str] = {}
         self.queue: list = []
         self.expired: list = []
+        self.late: list = []
         self._turn = -1
 
     def route(self, request, now_s, exclude=frozenset()):
@@ -238,6 +240,10 @@ class PlainRouter:
             out.append((request, self._assign(request, self.instances)))
         return out
 
+    def escalate(self, now_s):
+        escalated, self.late = self.late, []
+        return escalated
+
     def ends(self) -> list[str]:
         """How every request ended, in order."""
         return [what for what, _ in self.told if what != "first"]
@@ -260,8 +266,8 @@ class PlainDirectory:
 
 
 class ByteCounter:
-    def input_tokens(self, fields, model):
-        return fields.text_bytes // 4
+    def count(self, model, size, read=None):
+        return TokenCount(max(1, size.text_bytes // 4), exact=False, undecided=False)
 
 
 class CapLengths:
@@ -336,7 +342,7 @@ class Reading:
     def __init__(self):
         self.status = 0
         self.headers = {}
-        self.body = b""
+        self.body = bytearray()
         self.complete = False
         self._parser = httptools.HttpResponseParser(self)
 
@@ -356,7 +362,7 @@ class Reading:
         self.complete = True
 
     def answered(self) -> Answered:
-        return Answered(self.status, self.headers, self.body, self.complete)
+        return Answered(self.status, self.headers, bytes(self.body), self.complete)
 
 
 def parse(data: bytes) -> Answered:
