@@ -31,13 +31,14 @@ def gateway_config(services: GatewayServices, shutdown_grace_s: float = 30.0) ->
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket that several gateway processes can share (SO_REUSEPORT). Raises ``OSError``."""
+def listen(host: str, port: int, shared: bool = False) -> socket.socket:
+    """A listening socket; ``shared`` with other processes that ask for the same (SO_REUSEPORT). Raises ``OSError``."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
         listener.setblocking(False)

@@ -1,0 +1,5 @@
+"""``python -m dynamollm`` is ``dynamollm``."""
+
+from dynamollm.cli import main
+
+main()

@@ -1,0 +1,130 @@
+"""`dynamollm serve` as a person runs it: a process, real sockets, real emulated instances, Ctrl-C."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import yaml
+
+CLUSTER = {
+    "models": [{"name": "llama", "profile": "llama-3.1-70b-fp8-h100"}],
+    "nodes": [{"name": "node", "gpus": 8}],
+    "pools": [
+        {"name": "SM", "model": "llama", "request_class": "SM", "tp": 2},
+        {"name": "LL", "model": "llama", "request_class": "LL", "tp": 4},
+    ],
+    "driver": {"kind": "emulator", "startup_s": 0.1},
+}
+
+
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in found.splitlines()]
+    return [child for child, parent in pairs if parent == pid]
+
+
+def start(tmp_path: Path, tree: dict[str, object]) -> tuple[subprocess.Popen[str], str]:
+    """Serve on a free port; the process and its URL once the cluster is up."""
+    config = tmp_path / "cluster.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dynamollm", "serve", "--config", str(config), "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("DYNAMOLLM_")},
+    )
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if match := re.search(r"(http://\S+)/v1 is ready", line):
+            return process, match[1]
+    raise AssertionError("serve ended before it was ready:\n" + "".join(seen))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    process, url = start(tmp_path_factory.mktemp("serve"), CLUSTER)
+    yield url
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 0
+
+
+def test_the_official_client_streams_through_it(served):
+    client = openai.OpenAI(base_url=f"{served}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == ["llama"]
+    stream = client.chat.completions.create(
+        model="llama",
+        messages=[{"role": "user", "content": "Why is the sky blue?"}],
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    chunks = list(stream)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 12
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices).strip()
+
+
+def test_requests_go_to_the_pool_of_their_class(served):
+    def pool_of(text: str, max_tokens: int) -> tuple[str, str]:
+        answer = httpx.post(
+            f"{served}/v1/completions",
+            json={"model": "llama", "prompt": text, "max_tokens": max_tokens, "ignore_eos": True},
+            timeout=30,
+        )
+        assert answer.status_code == 200
+        return answer.headers["x-dynamollm-class"], answer.headers["x-dynamollm-pool"]
+
+    assert pool_of("hello", 5) == ("SS", "SM")
+    assert pool_of("word " * 1500, 5)[1] == "LL"
+
+
+def test_health_metrics_and_documentation_answer(served):
+    assert httpx.get(f"{served}/health").status_code == 200
+    assert "dynamollm_" in httpx.get(f"{served}/metrics").text
+    assert "/v1/chat/completions" in httpx.get(f"{served}/openapi.json").json()["paths"]
+
+
+def test_ctrl_c_leaves_no_process_behind(tmp_path):
+    process, url = start(tmp_path, CLUSTER)
+    children = children_of(process.pid)
+    assert children
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 0
+    alive = [pid for pid in children if Path(f"/proc/{pid}").exists()] if Path("/proc").exists() else []
+    assert alive == []
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+def test_a_port_in_use_and_a_missing_profile_are_told_in_one_line(tmp_path, served):
+    port = served.rpartition(":")[2]
+    taken = subprocess.run(
+        [sys.executable, "-m", "dynamollm", "serve", "--port", port],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert taken.returncode == 2
+    assert taken.stderr.strip().endswith("choose another with --port")
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({**CLUSTER, "models": [{"name": "llama", "profile": "gpt-9"}]}))
+    missing = subprocess.run(
+        [sys.executable, "-m", "dynamollm", "serve", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("dynamollm: models[0].profile: no profile 'gpt-9'")
