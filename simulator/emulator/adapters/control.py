@@ -77,6 +77,7 @@ class Control:
         self._agent_urls = agent_urls
         self._instances: dict[str, EmulatedInstance] = {}
         self._clock_before_park: dict[str, int] = {}
+        self._parking: dict[str, asyncio.Lock] = {}  # park and wake wait for each other
         self._profiles: dict[str, EnergyProfile] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._listeners: set[Exchange] = set()
@@ -148,6 +149,7 @@ class Control:
         if instance.state in GONE:
             self._instances.pop(instance.id, None)
             self._clock_before_park.pop(instance.id, None)
+            self._parking.pop(instance.id, None)
         event = {"id": instance.id, "state": instance.state.value, "reason": reason}
         line = msgspec.json.encode(event) + b"\n"
         for listener in self._listeners:
@@ -218,16 +220,20 @@ class Control:
         return clock_mhz
 
     async def _park(self, instance: EmulatedInstance) -> None:
-        if instance.id not in self._clock_before_park:
+        async with self._parking.setdefault(instance.id, asyncio.Lock()):
+            if instance.id in self._clock_before_park:
+                return
             self._clock_before_park[instance.id] = instance.sm_clock_mhz
             await instance.sleep(1, "wait")
-            instance.set_sm_clock(instance.gpus[0].physics.min_clock_mhz)
+            if instance.state is InstanceState.PARKED:  # not stopped meanwhile: its GPUs may be another's now
+                instance.set_sm_clock(instance.gpus[0].physics.min_clock_mhz)
 
     async def _wake(self, instance: EmulatedInstance) -> None:
-        clock_mhz = self._clock_before_park.pop(instance.id, None)
-        if clock_mhz is not None:
-            instance.set_sm_clock(clock_mhz)  # raised before work can arrive
-            await instance.wake()
+        async with self._parking.setdefault(instance.id, asyncio.Lock()):
+            clock_mhz = self._clock_before_park.pop(instance.id, None)
+            if clock_mhz is not None and instance.state is InstanceState.PARKED:
+                instance.set_sm_clock(clock_mhz)  # raised before work can arrive
+                await instance.wake()
 
     def _inject(self, instance: EmulatedInstance, request: FaultRequest) -> None:
         if request.kill:

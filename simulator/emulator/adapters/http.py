@@ -298,14 +298,14 @@ class HttpServer:
         assert self._socket is not None
         listening, self._socket = self._socket, None
         self._server = await self.loop.create_server(lambda: HttpConnection(self), sock=listening, backlog=2048)
-        self._sweep = self.loop.call_later(1.0, self._close_idle)
+        self._sweep = self.loop.call_later(self._keep_alive_s / 5, self._close_idle)
 
     def _close_idle(self) -> None:
         before_s = self.loop.time() - self._keep_alive_s
         for connection in tuple(self.connections):
             if connection.idle and connection.idle_since_s < before_s:
                 connection.close()
-        self._sweep = self.loop.call_later(1.0, self._close_idle)
+        self._sweep = self.loop.call_later(self._keep_alive_s / 5, self._close_idle)
 
     def common_headers(self) -> bytes:
         """Date and server, rendered once a second."""

@@ -1,8 +1,10 @@
 """The control endpoint and the node agents: what they start, refuse and tell."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import chat_body
 
 from energy.gpus import gpu_physics
 
@@ -123,6 +125,33 @@ def test_serving_draws_more_than_idling_and_parking_less(emulator):
     assert instance.state()["sm_clock_mhz"] == H100.min_clock_mhz
     instance.change("wake")
     assert instance.state()["sm_clock_mhz"] == H100.max_clock_mhz
+
+
+def test_parking_waits_for_what_runs_and_waking_for_the_parking(emulator):
+    instance = emulator.start()
+    with ThreadPoolExecutor(3) as threads:
+        with instance.http.stream(
+            "POST", "/v1/chat/completions", json=chat_body(max_tokens=800, stream=True)
+        ) as answer:
+            parking = threads.submit(instance.change, "park")
+            waking = threads.submit(instance.change, "wake")
+            assert '"finish_reason":"length"' in answer.read().decode()
+        parking.result(10)
+        waking.result(10)
+    assert instance.state()["state"] in ("ready", "parked")  # whichever came first
+    instance.change("wake")
+    assert (instance.state()["state"], instance.state()["sm_clock_mhz"]) == ("ready", 1980)
+    assert instance.chat().status_code == 200
+
+
+def test_one_that_is_stopped_while_it_parks_does_not_slow_its_gpus_next_owner(emulator):
+    instance = emulator.start()
+    long = chat_body(max_tokens=4000, stream=True)
+    with ThreadPoolExecutor(1) as threads, instance.http.stream("POST", "/v1/chat/completions", json=long):
+        parking = threads.submit(emulator.control.post, f"/instances/{instance.id}/park", json={})
+        instance.stop()
+        parking.result(10)
+    assert emulator.start().state()["sm_clock_mhz"] == 1980
 
 
 def test_a_node_can_be_switched_off_only_when_it_is_empty(emulator):
