@@ -1,7 +1,7 @@
 """Grid: carbon intensity of electricity by hour of the day, so that a joule at noon is not a joule at night.
 
-Means of 2022 by UTC hour, in g CO2/kWh, from the hourly generation mix of two US grid operators (dc-rl of HewlettPackard at
-commit a92b4755, EIA figures). A workload that does not say when it began is taken to begin at 00:00 UTC.
+Means of 2022 by UTC hour, in g CO2/kWh, from the hourly generation mix of two US grid operators (HewlettPackard's dc-rl
+at a92b4755, EIA figures). A workload that does not say when it began is taken to begin at 00:00 UTC.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 Each engine row is idle, in one step (prompts are being read) or in a run of decode steps (``simulator.runs``); its next
 event is the end of that. Between two events nothing changes, so nothing is computed. Order of events: time, then
-engines before arrivals, then row number; so one seed gives one result.
+engines before arrivals before those waiting, then row number; so one seed gives one result.
 
 The loop knows no policies and no controllers: rows are opened, closed and re-clocked by the driver between calls.
 Energy is kept by row as prefill (what a mixed step costs beyond its decodes), decode and idle; the rest is the
@@ -43,6 +43,7 @@ from simulator.world import (
     World,
 )
 
+NEVER_S = 1e300
 UNTIL, CHUNK, EMPTY = 0, 1, 2  # why the loop came back
 MOST_SEGMENTS = 8  # a run is entered into the TBT histogram in at most so many pieces
 
@@ -60,22 +61,22 @@ def run_loop(
     while True:
         if cursor == count and more:
             return CHUNK, cursor, -1
-        arrival_s = arrivals.arrival_s[cursor] if cursor < count else 1e300
-        if x.heap_size[0] > 0:
-            e = x.heap[0]
-            event_s = x.end_s[e]
-            if event_s <= arrival_s:
-                if event_s > until_s:
-                    return UNTIL, cursor, -1
-                end_event(w, limits, heap, e, event_s)
-                _serve_lanes(w, limits, heap, e, event_s)
-                if x.mode[e] == IDLE and x.draining[e] != 0:
-                    return EMPTY, cursor, e
-                continue
-        if arrival_s > until_s or cursor == count:
+        arrival_s = arrivals.arrival_s[cursor] if cursor < count else NEVER_S
+        pass_s = w.routing.whole_pass_s[0] if w.routing.waiting[0] > 0 else NEVER_S
+        event_s = x.end_s[x.heap[0]] if x.heap_size[0] > 0 else NEVER_S
+        if min(event_s, arrival_s, pass_s) > until_s:
             return UNTIL, cursor, -1
-        _arrive(w, limits, heap, arrivals, cursor)
-        cursor += 1
+        if event_s <= arrival_s and event_s <= pass_s:
+            e = x.heap[0]
+            end_event(w, limits, heap, e, event_s)
+            _serve_lanes(w, limits, heap, e, event_s)
+            if x.mode[e] == IDLE and x.draining[e] != 0:
+                return EMPTY, cursor, e
+        elif arrival_s <= pass_s:
+            _arrive(w, limits, heap, arrivals, cursor)
+            cursor += 1
+        else:
+            _serve_lanes(w, limits, heap, NO_SLOT, pass_s)
 
 
 def _arrive(w: World, limits: EngineLimits, heap: EventHeap, a: Arrivals, i: int) -> None:
@@ -115,7 +116,7 @@ def _arrive(w: World, limits: EngineLimits, heap: EventHeap, a: Arrivals, i: int
 def _wait(w: World, slot: int, k: int, now_s: float) -> None:
     """Put a request into its lane, or refuse it where too many wait."""
     r = w.routing
-    if _waiting(w) >= r.policy[QUEUE_DEPTH]:
+    if r.waiting[0] >= r.policy[QUEUE_DEPTH]:
         _reject(w, slot)
         return
     if r.depth[k] == 0:
@@ -124,14 +125,9 @@ def _wait(w: World, slot: int, k: int, now_s: float) -> None:
         w.batch.next_slot[r.tail[k]] = slot
     r.tail[k] = slot
     r.depth[k] += 1
-    r.whole_pass_s[0] = max(r.whole_pass_s[0], now_s + r.policy[WHOLE_PASS_S])
-
-
-def _waiting(w: World) -> int:
-    total = 0
-    for k in range(CLASSES):
-        total += w.routing.depth[k]
-    return total
+    r.waiting[0] += 1
+    if r.waiting[0] == 1:
+        r.whole_pass_s[0] = now_s + r.policy[WHOLE_PASS_S]
 
 
 def _reject(w: World, slot: int) -> None:
@@ -172,7 +168,7 @@ def serve_lanes(w: World, limits: EngineLimits, now_s: float) -> None:
 def _serve_lanes(w: World, limits: EngineLimits, heap: EventHeap, freed: int, now_s: float) -> None:
     """Offer the row something has left to those waiting, most urgent lane first; every row from time to time."""
     r = w.routing
-    if _waiting(w) == 0:
+    if r.waiting[0] == 0:
         return
     if now_s >= r.whole_pass_s[0]:
         r.whole_pass_s[0] = now_s + r.policy[WHOLE_PASS_S]
@@ -191,6 +187,7 @@ def _serve_lanes(w: World, limits: EngineLimits, heap: EventHeap, freed: int, no
             continue
         r.head[k] = behind
         r.depth[k] -= 1
+        r.waiting[0] -= 1
 
 
 def _most_urgent_lane(w: World, done: int) -> int:

@@ -125,7 +125,7 @@ class Simulation:
             return False
         flights = self.world.flights
         in_flight = len(flights.free) - int(flights.free_count[0])
-        return in_flight == int(self.world.routing.depth.sum())
+        return in_flight == int(self.world.routing.waiting[0])
 
     def _go_to(self, until_s: float) -> None:
         """Let the compiled loop run to that time."""
@@ -290,7 +290,7 @@ class Simulation:
         self.cluster.routes_changed = False
         self._fill_members()
         self._fill_routes()
-        if self.world.routing.depth.any():
+        if self.world.routing.waiting[0]:
             self._functions.serve_lanes(self.world.record, self.setup.limits, self.now_s)
 
     def _fill_members(self) -> None:
@@ -363,6 +363,7 @@ class Simulation:
                 ledger.rejected[flights.request_class[slot]] += 1
                 slot = int(self.world.batch.next_slot[slot])
             routing.depth[k] = 0
+        routing.waiting[0] = 0
 
     def busy_gpu_s(self) -> float:
         """GPU-seconds spent computing."""

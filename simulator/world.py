@@ -94,6 +94,7 @@ class Routing(NamedTuple):
     head: N  # (9,) gateway queue, a lane for each class
     tail: N  # (9,)
     depth: N  # (9,)
+    waiting: N  # (1,) in all lanes
     whole_pass_s: F  # (1,) when those waiting are offered every row again
     candidates: N  # (E,) scratch
     lone: N  # (1,) scratch
@@ -164,6 +165,7 @@ _ROUTING_SHAPES = {
     "member_count": (POOLS,),
     "fastest": (POOLS,),
     "turn": (POOLS,),
+    "waiting": (1,),
     "whole_pass_s": (1,),
     "candidates": (ROWS,),
     "lone": (1,),
