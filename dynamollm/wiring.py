@@ -14,6 +14,7 @@ from dynamollm.runner import Runner
 from dynamollm.settings import LimitSettings, Settings
 from energy.adapters.catalogue import load_profile
 from energy.profile import EnergyProfile, ProfileError
+from pools.adapters.tokenizer_files import load_tokenizer
 from pools.classes import ClassSlos
 from pools.drivers.attach import AttachDriver
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
@@ -21,7 +22,7 @@ from pools.drivers.port import InstanceDriver
 from pools.lengths import RunningLengths, RunningLengthsLimits
 from pools.queue import QueueLimits
 from pools.router import Router, RouterLimits
-from pools.tokens import InputCounter, TokenEstimator
+from pools.tokens import ExactTokens, InputCounter, TokenEstimator
 from proxy.metrics import GatewayMetrics
 from proxy.services import GatewayServices
 from proxy.settings import Deadlines, Limits, ProxySettings
@@ -52,7 +53,7 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
         services=GatewayServices(
             router=router,
             directory=deployment,
-            tokens=InputCounter(estimator, {}),
+            tokens=InputCounter(estimator, load_tokenizers(settings)),
             lengths=lengths,
             metrics=GatewayMetrics(),
             clock=clock,
@@ -79,6 +80,18 @@ def load_profiles(settings: Settings) -> dict[str, EnergyProfile]:
                 f"pools[{index}].tp: profile {name} holds for TP {', '.join(map(str, held))}, not {pool.tp}"
             )
     return profiles
+
+
+def load_tokenizers(settings: Settings) -> dict[str, ExactTokens]:
+    """The exact token counter of each model that has one. Raises ``UserError`` for a file it cannot use."""
+    counters: dict[str, ExactTokens] = {}
+    for index, model in enumerate(settings.models):
+        if model.tokenizer_file is not None:
+            try:
+                counters[model.name] = load_tokenizer(model.tokenizer_file, model.chat_template_file)
+            except ValueError as error:
+                raise UserError(f"models[{index}].tokenizer_file: {error}") from None
+    return counters
 
 
 def build_driver(settings: Settings) -> InstanceDriver:

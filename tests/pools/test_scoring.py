@@ -9,7 +9,7 @@ from pool_examples import SLOW_STEP, STEP
 from energy.profile import step_power_w, step_time_s
 from pools import scoring
 from pools.scoring import NONE, Costs, Load
-from simulator.compiled import compile_tree
+from simulator.compiled import compile_trees
 
 CHUNK = 2048.0
 SPREAD, MARGIN = scoring.Weights()
@@ -266,7 +266,7 @@ def test_choose_is_the_filter_and_score_of_its_parts(events, last, spread):
 
 @pytest.fixture(scope="module")
 def compiled_choose():
-    return compile_tree(scoring.choose)
+    return compile_trees(scoring.choose)[0]
 
 
 def test_compiled_by_numba_it_decides_the_same(compiled_choose):
