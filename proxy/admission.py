@@ -11,25 +11,29 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pools.classes import Slo
+import msgspec
+
+from pools.classes import REQUEST_CLASSES, Slo
 from pools.request import Request
-from pools.tokens import Messages
+from pools.tokens import Messages, TokenCount
 from proxy import errors
+from proxy.errors import ApiError
 from proxy.fields import READERS, RequestFields, prompt_of, rewritten, stream_options_with_usage
+from proxy.heads import ClientHead, Headers
 from proxy.services import GatewayServices
-from proxy.terms import Headers, Terms, read_headers
+from proxy.terms import Terms
 
-_COUNTED_AT_ONCE_BYTES = 512  # prompts up to here are tokenised in well under a millisecond
+_CLASS_LINES = [b"x-dynamollm-class: %b\r\n" % each.name.encode() for each in REQUEST_CLASSES]
+_COUNTED_AT_ONCE_BYTES = 1024  # bodies up to here are tokenised in well under a millisecond
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(msgspec.Struct, frozen=True, gc=False):
     """A request ready to be routed and sent."""
 
     request: Request
     fields: RequestFields
     path: bytes
-    passed_lines: bytes  # headers that go on
+    lines: bytes  # headers to send on
     body: bytes
     usage_injected: bool  # the client did not ask for the usage event
     tier: str | None  # service tier to tell the client
@@ -40,7 +44,7 @@ class Admitted:
         return b"POST %b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
             self.path,
             authority,
-            self.passed_lines,
+            self.lines,
             len(self.body),
             self.body,
         )
@@ -50,11 +54,30 @@ class Admitted:
 class Undecided:
     """The prompt must be counted exactly, and is too long to do so here: call ``count`` elsewhere, then admit again."""
 
-    count: Callable[[], int]
+    count: Callable[[], TokenCount]
 
 
 class _TooLongToCount(Exception):
     """Raised where the text is wanted, to be caught where the count was."""
+
+
+class _Text:
+    """A body's prompt text, read when called; or not, where counting it would hold up the others."""
+
+    __slots__ = ("_body", "_path")
+
+    def __init__(self, path: bytes, body: bytes) -> None:
+        self._path = path
+        self._body = body
+
+    def __call__(self) -> str | Messages:
+        if len(self._body) > _COUNTED_AT_ONCE_BYTES:
+            raise _TooLongToCount
+        return self.read()
+
+    def read(self) -> str | Messages:
+        """The text, however long."""
+        return prompt_of(self._path, self._body)
 
 
 class Admission:
@@ -82,10 +105,24 @@ class Admission:
         if scheme.lower() != b"bearer" or not any(known):
             raise errors.unauthorized()
 
+    def read_head(self, headers: Headers) -> ClientHead:
+        """The headers of a relayed request, read, and whether its key is one of ours."""
+        head = ClientHead(headers, self._settings.slo_bounds_s)
+        authorization = head.terms.authorization
+        try:
+            self.authorize(authorization)
+        except ApiError as error:
+            head.unauthorized = error
+        if self._engine_key:
+            head.passed_lines += self._engine_key
+        elif authorization is not None and not self._keys:
+            head.passed_lines += b"authorization: %b\r\n" % authorization
+        return head
+
     def admit(
         self,
         path: bytes,
-        headers: Headers,
+        head: ClientHead,
         body: bytes,
         request_id: str,
         now_s: float,
@@ -95,8 +132,9 @@ class Admission:
 
         ``input_tokens`` is given where it was ``Undecided`` before.
         """
-        terms, passed = read_headers(headers, self._settings.slo_bounds_s)
-        self.authorize(terms.authorization)
+        if head.unauthorized is not None:
+            raise head.unauthorized
+        terms = head.terms
         for control in terms.invalid:
             self._services.metrics.invalid.add((control,))
         fields = READERS[path](body)
@@ -104,42 +142,25 @@ class Admission:
         if input_tokens is None:
             input_tokens = fields.input_tokens
         if input_tokens is None:
+            text = _Text(path, body)
+            count = self._services.tokens.count
             try:
-                input_tokens = self._count(model, path, fields, body)
+                input_tokens = count(model, fields.size, text).tokens
             except _TooLongToCount:
-                return Undecided(
-                    lambda: self._services.tokens.count(model, fields.size, partial(prompt_of, path, body)).tokens
-                )
+                return Undecided(partial(count, model, fields.size, text.read))
         request = self._request(fields, terms, request_id, now_s, model, input_tokens)
-        public_id = terms.request_id or request_id.encode()
-        body, usage_injected = self._forwarded(body, fields, request.priority)
-        id_line = b"x-request-id: %b\r\n" % public_id
-        if self._engine_key:
-            passed.append(self._engine_key)
-        elif terms.authorization is not None and not self._keys:
-            passed.append(b"authorization: %b\r\n" % terms.authorization)
-        passed.append(id_line)
+        sent_body, usage_injected = self._forwarded(body, fields, request.priority)
+        id_line = b"x-request-id: %b\r\n" % (terms.request_id or request_id.encode())
         return Admitted(
             request,
             fields,
             path,
-            b"".join(passed),
-            body,
+            head.passed_lines + id_line,
+            sent_body,
             usage_injected,
-            self._tier(fields),
-            b"%bx-dynamollm-class: %b\r\nx-dynamollm-input-tokens: %d\r\n"
-            % (id_line, request.request_class.name.encode(), request.input_tokens),
+            None if fields.service_tier is None else self._tier(fields.service_tier),
+            b"%b%bx-dynamollm-input-tokens: %d\r\n" % (id_line, _CLASS_LINES[request.request_class], input_tokens),
         )
-
-    def _count(self, model: str, path: bytes, fields: RequestFields, body: bytes) -> int:
-        size = fields.size
-
-        def read() -> str | Messages:
-            if size.text_bytes > _COUNTED_AT_ONCE_BYTES:
-                raise _TooLongToCount
-            return prompt_of(path, body)
-
-        return self._services.tokens.count(model, size, read).tokens
 
     def _request(
         self,
@@ -186,18 +207,16 @@ class Admission:
             if priority is not None:
                 return priority
             self._services.metrics.invalid.add(("objective",))
-        if fields.service_tier not in (None, "auto"):
-            priority = settings.tier_priorities.get(str(fields.service_tier))
+        if fields.service_tier is not None and fields.service_tier != "auto":
+            priority = settings.tier_priorities.get(fields.service_tier)
             if priority is not None:
                 return priority
             self._services.metrics.invalid.add(("service_tier",))
         return -(fields.engine_priority or 0)
 
-    def _tier(self, fields: RequestFields) -> str | None:
-        """The tier used, where the client named one: ``auto`` and unknown ones are served as ``default``."""
-        if fields.service_tier is None:
-            return None
-        return fields.service_tier if fields.service_tier in self._settings.tier_priorities else "default"
+    def _tier(self, asked: str) -> str:
+        """The tier used: ``auto`` and unknown ones are served as ``default``."""
+        return asked if asked in self._settings.tier_priorities else "default"
 
     def _forwarded(self, body: bytes, fields: RequestFields, priority: int) -> tuple[bytes, bool]:
         changes: dict[str, Any] = {}

@@ -5,9 +5,11 @@ Made once; ``protocol`` is the class to give to ``uvicorn.Config(http=...)`` bes
 
 import asyncio
 
+from pools.tokens import TokenCount
 from proxy import errors, wire
 from proxy.admission import Admission, Admitted, Undecided
 from proxy.errors import ApiError
+from proxy.heads import ClientHead, Headers
 from proxy.protocol import Exchange, GatewayProtocol
 from proxy.relay import Link, Relay, State
 from proxy.services import GatewayServices
@@ -62,6 +64,10 @@ class Gateway:
 
     # For connections
 
+    def read_head(self, headers: Headers) -> ClientHead:
+        """The headers of a relayed request, read."""
+        return self._admission.read_head(headers)
+
     def connected(self, connection: GatewayProtocol) -> None:
         """A client connected."""
         self._connections.add(connection)
@@ -78,7 +84,7 @@ class Gateway:
         try:
             if self.draining:
                 raise errors.shutting_down()
-            admitted = self._admission.admit(exchange.path, exchange.headers, body, request_id, now_s, input_tokens)
+            admitted = self._admission.admit(exchange.path, exchange.head, body, request_id, now_s, input_tokens)
         except ApiError as error:
             self._refuse(exchange, error, request_id)
             return
@@ -92,11 +98,11 @@ class Gateway:
         """Count a long prompt in a thread; the request goes on when that is done."""
         counting = asyncio.get_running_loop().run_in_executor(None, undecided.count)
 
-        def counted(done: asyncio.Future[int]) -> None:
+        def counted(done: asyncio.Future[TokenCount]) -> None:
             if exchange.disconnected or done.cancelled():
                 return
             if done.exception() is None:
-                self.begin(exchange, body, done.result())
+                self.begin(exchange, body, done.result().tokens)
             else:  # text the tokenizer or template refuses: the engine will say what is wrong with it
                 self.begin(exchange, body, max(1, len(body) // 4))
 

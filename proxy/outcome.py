@@ -1,13 +1,12 @@
 """Outcome: how one request ended. What metrics count, predictors learn from and accounting books."""
 
-from dataclasses import dataclass
+import msgspec
 
 from pools.request import Request
 from proxy.fields import RequestFields
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """How one request ended. Tokens are None where the engine did not say."""
 
     request: Request

@@ -9,6 +9,7 @@ upgrades, trailers, a parse error in the middle of somebody's answer.
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from proxy import errors, wire
 from proxy.errors import ApiError
 from proxy.fields import READERS
+from proxy.heads import ClientHead
 from proxy.relay import Relay
 
 if TYPE_CHECKING:
@@ -51,36 +53,30 @@ class Exchange:
         "body_bytes",
         "chunked",
         "disconnected",
-        "expects_continue",
-        "headers",
+        "head",
         "keep_alive",
         "message_event",
         "path",
-        "refusal",
         "relay",
         "response_complete",
+        "write",
     )
 
-    def __init__(self, protocol: "GatewayProtocol", path: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, protocol: "GatewayProtocol", path: bytes, head: ClientHead, http_1_0: bool) -> None:
         self._protocol = protocol
         self.path = path
-        self.headers = headers
+        self.head = head
         self.body: list[bytes] = []
         self.body_bytes = 0
         self.arrived = False  # the whole body is here
-        self.chunked = True
-        self.keep_alive = True
-        self.expects_continue = False
-        self.refusal: ApiError | None = None
+        self.chunked = not http_1_0
+        self.keep_alive = not http_1_0 and protocol.parser.should_keep_alive()
         self.relay: Relay | None = None
+        self.write: Callable[[bytes], None] = protocol.transport.write
         self.response_complete = False
         # uvicorn sets these on what it holds as a cycle
         self.disconnected = False
         self.message_event = _NO_EVENT
-
-    def write(self, payload: bytes) -> None:
-        """Send bytes to the client."""
-        self._protocol.transport.write(payload)
 
     def finish(self) -> None:
         """The answer is complete."""
@@ -106,6 +102,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self._complete: Exchange | None = None
         self._refusal: ApiError | None = None
         self._head_bytes = 0
+        self._known_headers: list[tuple[bytes, bytes]] = []  # of the last request
+        self._known_head = self.gateway.read_head(())
         self._reading = Reading.HEAD_OR_END
         self._since_s = self.gateway.services.clock()
         self._stalled_since_s: float | None = None
@@ -174,26 +172,41 @@ class GatewayProtocol(HttpToolsProtocol):
         """A request line begins."""
         self.url = b""
         self.headers = []
-        self._head_names: set[bytes] = set()
+        self._length_bytes = 0
+        self._length_header: tuple[bytes, bytes] | None = None
         self._reading = Reading.HEAD
         self._since_s = self.gateway.services.clock()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header; trailers are dropped."""
-        if self._reading is Reading.HEAD:
-            self.headers.append((name.lower(), value))
+        if self._reading is not Reading.HEAD:
+            return
+        if len(name) == 14 and name.lower() == b"content-length":
+            self._length_bytes = int(value)  # the parser has seen that it is a number
+            self._length_header = (b"content-length", value)
+        else:
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head is there: relay the request, hand it over, or refuse it."""
         self._reading = Reading.BODY
         self._head_bytes = 0
-        refusal = self._head_refusal()
+        if self.headers != self._known_headers:
+            self._known_headers = self.headers
+            self._known_head = self.gateway.read_head(self.headers)
+        head, limits = self._known_head, self.gateway.services.settings.limits
+        http_1_0 = self.parser.get_http_version() == "1.0"
+        refusal = head.refusal(self.url, http_1_0, limits.head_bytes)
+        if self.parser.should_upgrade():
+            refusal = errors.bad_request("Protocol upgrades are not supported here")
+        elif self._length_bytes > limits.body_bytes:
+            refusal = errors.body_too_large(limits.body_bytes)
         if refusal is not None:
             self._refusal = self._refusal or refusal
             return
-        path = self.url.partition(b"?")[0]
+        path = self.url if self.url in READERS else self.url.partition(b"?")[0]
         if path in READERS and self.parser.get_method() == b"POST":
-            self._accept(Exchange(self, path, self.headers))
+            self._accept(Exchange(self, path, head, http_1_0))
         else:
             self._hand_over()
 
@@ -235,41 +248,14 @@ class GatewayProtocol(HttpToolsProtocol):
         if not isinstance(cycle, Exchange):
             super()._start_asgi_task(cycle, app)
             return
-        if cycle.expects_continue and not cycle.arrived:
+        if cycle.head.expects_continue and not cycle.arrived:
             self.transport.write(wire.CONTINUE)
         if cycle.arrived:
             self._begin(cycle)
 
     # Inside
 
-    def _head_refusal(self) -> ApiError | None:
-        limits = self.gateway.services.settings.limits
-        hosts = length = head_bytes = 0
-        for name, value in self.headers:
-            head_bytes += len(name) + len(value)
-            if name == b"host":
-                hosts += 1
-            elif name == b"content-length":
-                length = int(value)
-        if head_bytes + len(self.url) > limits.head_bytes:
-            return errors.head_too_large(limits.head_bytes)
-        if self.parser.should_upgrade():
-            return errors.bad_request("Protocol upgrades are not supported here")
-        if not self.url.startswith(b"/"):
-            return errors.bad_request("The request target must be a path")
-        if hosts != 1 and (hosts or self.parser.get_http_version() != "1.0"):
-            return errors.bad_request("A request needs exactly one Host header")
-        if length > limits.body_bytes:
-            return errors.body_too_large(limits.body_bytes)
-        return None
-
     def _accept(self, exchange: Exchange) -> None:
-        version = self.parser.get_http_version()
-        exchange.chunked = version != "1.0"
-        exchange.keep_alive = exchange.chunked and self.parser.should_keep_alive()
-        exchange.expects_continue = any(
-            name == b"expect" and value.lower() == b"100-continue" for name, value in self.headers
-        )
         self.cycle = exchange
         if self._active is None:
             self._start_asgi_task(exchange, self.app)
@@ -286,8 +272,10 @@ class GatewayProtocol(HttpToolsProtocol):
         url, headers = self.url, self.headers
         super().on_message_begin()
         self.url = url
-        self.headers += headers
-        self.expect_100_continue = (b"expect", b"100-continue") in headers
+        self.headers += [(name.lower(), value) for name, value in headers]
+        if self._length_header is not None:
+            self.headers.append(self._length_header)
+        self.expect_100_continue = self._known_head.expects_continue
         if self.cycle is not None and self._active is None:
             self.cycle = None
         super().on_headers_complete()

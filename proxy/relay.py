@@ -40,12 +40,12 @@ from pools.request import Assigned, Decision, Queued, Rejected
 from proxy import errors, wire
 from proxy.admission import Admitted
 from proxy.errors import ApiError
+from proxy.heads import InstanceHead
 from proxy.outcome import Outcome
 from proxy.services import GatewayServices
 from proxy.sse import EventFilter, Usage, error_status, first_event, usage_of, with_tier
-from proxy.terms import NOT_PASSED_OUT, OWN_OUT, Headers
 
-_EVENT_STREAM = b"text/event-stream"
+_NO_HEAD = InstanceHead(0, ())
 _GAPS_AT_ONCE = 512  # arrival times kept before they are counted
 _ATTEMPTS = 2
 
@@ -118,22 +118,19 @@ class Relay:
 
     __slots__ = (
         "_admitted",
+        "_answer_head",
         "_arrivals_s",
         "_assigned",
         "_attempts",
         "_chunks",
         "_client",
-        "_content_type",
         "_events",
         "_excluded",
         "_first_s",
-        "_headers",
         "_held",
         "_link",
         "_network",
         "_services",
-        "_status",
-        "_stream",
         "_usage",
         "state",
     )
@@ -148,9 +145,7 @@ class Relay:
         self._assigned: Assigned | None = None
         self._excluded: frozenset[str] = frozenset()
         self._attempts = 0
-        self._status = 0
-        self._headers: Headers = ()
-        self._stream = False
+        self._answer_head = _NO_HEAD
         self._held = b""
         self._events: EventFilter | None = None
         self._usage: Usage | None = None
@@ -201,15 +196,11 @@ class Relay:
 
     # What happens to its instance
 
-    def head(self, status: int, headers: Headers, now_s: float) -> None:
+    def head(self, head: InstanceHead) -> None:
         """The instance's status line and headers."""
-        if self.state is not State.AWAITING:
-            return
-        self.state = State.HOLDING
-        self._status = status
-        self._headers = headers
-        self._content_type = next((value for name, value in headers if name == b"content-type"), b"")
-        self._stream = status == 200 and self._content_type.startswith(_EVENT_STREAM)
+        if self.state is State.AWAITING:
+            self.state = State.HOLDING
+            self._answer_head = head
 
     def body(self, payload: bytes, now_s: float) -> None:
         """Bytes of the instance's answer, without their framing."""
@@ -225,7 +216,7 @@ class Relay:
                 self._client.write(wire.chunk(payload) if self._client.chunked else payload)
         elif self.state is State.HOLDING:
             self._held = self._held + payload if self._held else payload
-            if self._stream:
+            if self._answer_head.stream:
                 self._inspect(now_s)
             elif len(self._held) > self._services.settings.limits.held_bytes:
                 self._commit(now_s)
@@ -337,7 +328,7 @@ class Relay:
         self.state = State.RELAYING
         client, held = self._client, self._held
         self._held = b""
-        if self._stream:
+        if self._answer_head.stream:
             self._first_s = now_s
             self._arrivals_s.append(now_s)
             self._services.router.on_first_token(self._admitted.request.id, now_s)
@@ -350,10 +341,10 @@ class Relay:
 
     def _end_held(self, now_s: float) -> None:
         """A whole answer, or a stream that ended before its first event."""
-        if self._status >= 400:
-            self._refused(self._status, self._held, now_s)
+        if self._answer_head.status >= 400:
+            self._refused(self._answer_head.status, self._held, now_s)
             return
-        if self._stream:
+        if self._answer_head.stream:
             self._try_elsewhere(errors.broken("The instance ended the stream before its first event"), "empty", now_s)
             return
         body = self._held
@@ -362,11 +353,11 @@ class Relay:
         if self._admitted.tier is not None:
             body = with_tier(body, self._admitted.tier)
         self._services.router.on_finished(self._admitted.request.id, self._output_tokens(), now_s)
-        outcome = self._outcome(self._status, now_s, cancelled=False)
+        outcome = self._outcome(self._answer_head.status, now_s, cancelled=False)
         energy_j = self._services.energy_j(outcome) if self._services.energy_j is not None else None
         energy = b"" if energy_j is None else b"x-dynamollm-energy-mj: %d\r\n" % round(energy_j * 1000)
         self._client.write(self._head(energy + wire.content_length(len(body))) + body)
-        self._done(self._status, now_s, outcome=outcome)
+        self._done(self._answer_head.status, now_s, outcome=outcome)
 
     # Relaying: the client has seen bytes
 
@@ -381,7 +372,7 @@ class Relay:
         elif rest:
             self._client.write(rest)
         self._services.router.on_finished(self._admitted.request.id, self._output_tokens(), now_s)
-        self._done(self._status, now_s)
+        self._done(self._answer_head.status, now_s)
 
     def _die(self, error: ApiError, kind: str, now_s: float) -> None:
         """The instance died in the middle."""
@@ -457,7 +448,7 @@ class Relay:
     def _account(self, outcome: Outcome) -> None:
         if self._arrivals_s:
             self._count_gaps()
-        self._services.metrics.count(outcome, self._stream)
+        self._services.metrics.count(outcome, self._answer_head.stream)
         for observe in self._services.observers:
             observe(outcome)
 
@@ -474,12 +465,16 @@ class Relay:
     # Heads
 
     def _head(self, framing: bytes) -> bytes:
-        lines = [wire.STATUS_LINES.get(self._status) or b"HTTP/1.1 %d \r\n" % self._status]
-        for name, value in self._headers:
-            if name not in NOT_PASSED_OUT and not name.startswith(OWN_OUT):
-                lines.append(b"%b: %b\r\n" % (name, value))
-        lines += (framing, self._own_lines(), b"\r\n" if self._client.keep_alive else wire.CLOSE + b"\r\n")
-        return b"".join(lines)
+        head, keep_alive = self._answer_head, self._client.keep_alive
+        return b"".join(
+            (
+                wire.status_line(head.status),
+                head.passed_lines,
+                framing,
+                self._own_lines(),
+                b"\r\n" if keep_alive else wire.CLOSE + b"\r\n",
+            )
+        )
 
     def _own_lines(self) -> bytes:
         admitted, assigned = self._admitted, self._assigned

@@ -1,17 +1,14 @@
-"""Terms: what a request's headers ask for, and which headers go on to the instance.
+"""Terms: what a request's headers ask for.
 
-Control headers are read and stripped. Hop-by-hop headers (RFC 9110 section 7.6.1) end here, those named by
-``Connection`` included. A bad control value never fails the request: it counts as absent and is named in ``invalid``.
+Control headers are read here and go no further. A bad value never fails the request: it counts as absent and is named
+in ``invalid``.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-Headers = Sequence[tuple[bytes, bytes]]
-
 DEFAULT_TENANT = "default-flow"
 _TTFT, _TBT, _TENANT, _OBJECTIVE, _REQUEST_ID, _KEY = "ttft", "tbt", "tenant", "objective", "request-id", "key"
-_CONNECTION, _ENDS_HERE = "connection", "ends-here"
 _ALIAS = "alias-of-"
 
 _ROLES: Mapping[bytes, str] = {
@@ -25,28 +22,29 @@ _ROLES: Mapping[bytes, str] = {
     b"x-gateway-inference-objective": _ALIAS + _OBJECTIVE,
     b"x-request-id": _REQUEST_ID,
     b"authorization": _KEY,
-    b"connection": _CONNECTION,
-    # hop by hop, or true of this hop only
-    b"host": _ENDS_HERE,
-    b"content-length": _ENDS_HERE,
-    b"transfer-encoding": _ENDS_HERE,
-    b"keep-alive": _ENDS_HERE,
-    b"proxy-connection": _ENDS_HERE,
-    b"proxy-authenticate": _ENDS_HERE,
-    b"proxy-authorization": _ENDS_HERE,
-    b"te": _ENDS_HERE,
-    b"trailer": _ENDS_HERE,
-    b"upgrade": _ENDS_HERE,
-    b"expect": _ENDS_HERE,
-    b"accept-encoding": _ENDS_HERE,  # an answer must be readable here
-    b"content-encoding": _ENDS_HERE,
 }
-_HOP_BY_HOP_OUT = frozenset(
-    {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"te", b"trailer", b"upgrade"}
+_THIS_HOP_ONLY = frozenset(
+    (
+        b"connection",
+        b"host",
+        b"content-length",
+        b"transfer-encoding",
+        b"keep-alive",
+        b"proxy-connection",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"te",
+        b"trailer",
+        b"upgrade",
+        b"expect",
+        b"accept-encoding",  # an answer must be readable here
+        b"content-encoding",
+    )
 )
+NOT_PASSED = _THIS_HOP_ONLY.union(_ROLES)
+"""Request headers that do not go on to an instance as they came."""
 OWN_OUT = b"x-dynamollm-"
-NOT_PASSED_OUT = _HOP_BY_HOP_OUT | {b"content-length", b"transfer-encoding", b"x-request-id", b"server"}
-"""Response headers of an instance that the gateway replaces or that end at this hop."""
+"""Prefix of the response headers that only the gateway sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +63,14 @@ class Terms:
 _NO_TERMS = Terms()
 
 
-def read_headers(headers: Headers, slo_bounds_s: tuple[float, float]) -> tuple[Terms, list[bytes]]:
-    """The terms, and the header lines to pass on. Names are in lower case."""
-    passed = []
+def read_terms(headers: Sequence[tuple[bytes, bytes]], slo_bounds_s: tuple[float, float]) -> Terms:
+    """What headers ask for; names are in lower case. Of several of one name the first counts."""
     control: dict[str, bytes] = {}
     for name, value in headers:
         role = _ROLES.get(name)
-        if role is None:
-            passed.append(b"%b: %b\r\n" % (name, value))
-        elif role is not _ENDS_HERE:
+        if role is not None:
             control.setdefault(role, value)
-    if not control:
-        return _NO_TERMS, passed
-    if _CONNECTION in control:
-        passed = _without_named(passed, [value for name, value in headers if name == b"connection"])
-    return _terms(control, slo_bounds_s), passed
-
-
-def _without_named(passed: list[bytes], connection: list[bytes]) -> list[bytes]:
-    named = {token.strip().lower() for value in connection for token in value.split(b",")} - {b"close", b"keep-alive"}
-    return [line for line in passed if line.partition(b":")[0] not in named] if named else passed
+    return _terms(control, slo_bounds_s) if control else _NO_TERMS
 
 
 def _terms(control: dict[str, bytes], slo_bounds_s: tuple[float, float]) -> Terms:

@@ -16,6 +16,7 @@ from typing import cast
 
 import httptools
 
+from proxy.heads import InstanceHead
 from proxy.relay import Failure, Relay
 from proxy.services import Address
 from proxy.settings import ProxySettings
@@ -40,8 +41,10 @@ class Connection(asyncio.Protocol):
         "_complete",
         "_dial",
         "_fresh",
+        "_head",
         "_headers",
         "_keep_alive",
+        "_known_headers",
         "_message",
         "_parser",
         "_pieces",
@@ -67,6 +70,9 @@ class Connection(asyncio.Protocol):
         self._fresh = True  # never used before
         self.phase = Phase.DIALLING
         self.idle_since_s = 0.0
+        # the head of the last answer
+        self._known_headers: list[tuple[bytes, bytes]] = []
+        self._head = InstanceHead(0, ())
         # of the present answer
         self._status = 0
         self._headers: list[tuple[bytes, bytes]] = []
@@ -155,7 +161,11 @@ class Connection(asyncio.Protocol):
         if awaiting_head:
             if self._status < _INTERIM:
                 return
-            relay.head(self._status, self._headers, now_s)
+            head = self._head
+            if head.status != self._status or self._known_headers != self._headers:
+                self._known_headers = self._headers
+                head = self._head = InstanceHead(self._status, self._headers)
+            relay.head(head)
         pieces = self._pieces
         if pieces:
             self._pieces = []
@@ -188,10 +198,11 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header; trailers are dropped."""
-        if not self._status:
-            name = name.lower()
-            if name in (b"content-length", b"transfer-encoding"):
-                self._until_eof = False
+        if self._status:
+            return
+        if len(name) == 14 and name.lower() == b"content-length":
+            self._until_eof = False
+        else:
             self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -201,6 +212,8 @@ class Connection(asyncio.Protocol):
             self._keep_alive = self._parser.should_keep_alive()  # the parser forgets it with the message's end
             if self._status in (204, 304):
                 self._until_eof = False
+            elif self._until_eof:
+                self._until_eof = not any(name.lower() == b"transfer-encoding" for name, _ in self._headers)
 
     def on_body(self, payload: bytes) -> None:
         """Some of the body."""

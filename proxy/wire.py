@@ -4,11 +4,16 @@ from collections.abc import Iterable
 
 from proxy.errors import ApiError, phrase
 
-STATUS_LINES = {status: b"HTTP/1.1 %d %b\r\n" % (status, phrase(status).encode()) for status in range(200, 600)}
+_STATUS_LINES = {status: b"HTTP/1.1 %d %b\r\n" % (status, phrase(status).encode()) for status in range(200, 600)}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNKED = b"transfer-encoding: chunked\r\n"
 CLOSE = b"connection: close\r\n"
+
+
+def status_line(status: int) -> bytes:
+    """The first line of an answer."""
+    return _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
 
 
 def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -31,7 +36,7 @@ def error_answer(error: ApiError, extra_lines: bytes, keep_alive: bool) -> bytes
     body = error.body()
     return b"".join(
         (
-            STATUS_LINES[error.status],
+            status_line(error.status),
             b"content-type: application/json\r\n",
             content_length(len(body)),
             header_lines(error.headers()),
