@@ -6,19 +6,17 @@ observed. Unknown fields pass. Logprobs, tools and structured output are not emu
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from simulator.emulator.errors import ApiError, bad_request
 from simulator.emulator.text import OutputLengths, Tokenizer, Words, output_seed
+from simulator.emulator.validation import listed, shown, validated
 
 COMPLETION_DEFAULT_TOKENS = 16
 MAX_CHOICES = 16_384
-MAX_LISTED_ERRORS = 10
 EMPTY_PROMPT = "Either prompt or prompt_embeds must be provided and non-empty."
-B = TypeVar("B", bound=BaseModel)
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -143,87 +141,9 @@ class BodyRules:
     seed: int = 0
 
 
-def _type_errors(error: ValidationError) -> ApiError:
-    lines = []
-    first = "body"
-    found = error.errors(include_url=False)
-    for position, item in enumerate(found):
-        # a union's members are named in brackets in the location; vLLM leaves them out
-        parts = [str(p) for p in item["loc"] if not (isinstance(p, str) and ("[" in p or p == "str"))]
-        location = ".".join(["body", *parts])
-        if position == 0:
-            first = location
-        line: dict[str, Any] = {
-            "type": item["type"],
-            "loc": location,
-            "msg": item["msg"],
-            "input": _shown(item["input"]),
-        }
-        if "ctx" in item:
-            line["ctx"] = item["ctx"]
-        lines.append(f"  {line}")
-    return _listed(lines, first)
-
-
-def _listed(lines: list[str], param: str | None) -> ApiError:
-    more = len(lines) - MAX_LISTED_ERRORS
-    shown = lines[:MAX_LISTED_ERRORS] + ([f"  ...and {more} more errors"] if more > 0 else [])
-    plural = "s" if len(lines) > 1 else ""
-    return ApiError(400, "Bad Request", f"{len(lines)} validation error{plural}:\n" + "\n".join(shown), param)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list | dict):
-        return f"<{type(value).__name__} of {len(value)} items>"
-    return str(value)
-
-
-def decode_json(raw: bytes, content_type: str) -> Any:
-    """The body as JSON. Raises ``ApiError`` as vLLM's first checks do."""
-    if content_type.split(";")[0].strip().lower() != "application/json":
-        raise _listed(["  Unsupported Media Type: Only 'application/json' is allowed"], None)
-    try:
-        decoded = msgspec.json.decode(raw) if raw else None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        decoded = _decode_slowly(raw)
-    if decoded is None:
-        line = {"type": "missing", "loc": "body", "msg": "Field required", "input": "None"}
-        raise _listed([f"  {line}"], "body")
-    return decoded
-
-
-def _decode_slowly(raw: bytes) -> Any:
-    """The standard library takes a little more (NaN) and says where it stopped, in the words vLLM repeats."""
-    try:
-        return json.loads(raw)
-    except json.JSONDecodeError as error:
-        where = f"body.{error.pos}"
-        line = {
-            "type": "json_invalid",
-            "loc": where,
-            "msg": "JSON decode error",
-            "input": "<dict of 0 items>",
-            "ctx": {"error": error.msg},
-        }
-        raise _listed([f"  {line}"], where) from None
-    except UnicodeDecodeError:
-        raise bad_request("There was an error parsing the body") from None
-
-
-def _validated(kind: type[B], decoded: Any) -> B:
-    if not isinstance(decoded, dict):
-        message = "Input should be a valid dictionary or object to extract fields from"
-        line = {"type": "model_attributes_type", "loc": "body", "msg": message, "input": _shown(decoded)}
-        raise _listed([f"  {line}"], "body")
-    try:
-        return kind.model_validate(decoded)
-    except ValidationError as error:
-        raise _type_errors(error) from None
-
-
 def parse_chat(decoded: Any, rules: BodyRules) -> Generation:
     """A chat request. Raises ``ApiError``."""
-    body = _validated(ChatBody, decoded)
+    body = validated(ChatBody, decoded)
     _check_model(body, rules)
     _check_stream_options(body)
     if not body.messages:
@@ -237,7 +157,7 @@ def parse_chat(decoded: Any, rules: BodyRules) -> Generation:
                 "msg": "Input should be a valid string",
                 "input": "None",
             }
-            raise _listed([f"  {line}"], f"body.messages.{index}.content")
+            raise listed([f"  {line}"], f"body.messages.{index}.content")
     if body.top_logprobs and not body.logprobs:
         raise bad_request("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
     input_tokens = rules.tokenizer.count_chat(messages)
@@ -248,7 +168,7 @@ def parse_chat(decoded: Any, rules: BodyRules) -> Generation:
 
 def parse_completion(decoded: Any, rules: BodyRules) -> Generation:
     """A text completion request of one prompt or several. Raises ``ApiError``."""
-    body = _validated(CompletionBody, decoded)
+    body = validated(CompletionBody, decoded)
     _check_model(body, rules)
     _check_stream_options(body)
     if body.suffix is not None:
@@ -329,13 +249,13 @@ def _check_choices(body: _Sampling, max_tokens: int) -> None:
 def _check_length(input_tokens: int, max_model_len: int, exact: bool) -> None:
     if input_tokens < max_model_len:
         return
-    shown = input_tokens if exact else max_model_len + 1
+    count = input_tokens if exact else max_model_len + 1
     message = (
         f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
-        f"{'' if exact else 'at least '}{shown} input tokens, which exceeds this limit even without any output tokens. "
+        f"{'' if exact else 'at least '}{count} input tokens, which exceeds this limit even without any output tokens. "
         "Please reduce the length of the input prompt."
     )
-    raise bad_request(message, "input_tokens", shown)
+    raise bad_request(message, "input_tokens", count)
 
 
 def _generation(
@@ -412,12 +332,12 @@ def _find_stop(words: Words, tokens: int, min_tokens: int, stops: list[str]) -> 
 
 def parse_tokenize(decoded: Any, rules: BodyRules) -> dict[str, Any]:
     """The answer to /tokenize. Raises ``ApiError``."""
-    body = _validated(TokenizeBody, decoded)
+    body = validated(TokenizeBody, decoded)
     if body.prompt is None and body.messages is None:
         fields = "prompt", "messages"
-        shown = _shown(decoded)
-        lines = [{"type": "missing", "loc": f"body.{f}", "msg": "Field required", "input": shown} for f in fields]
-        raise _listed([f"  {line}" for line in lines], "body.prompt")
+        given = shown(decoded)
+        lines = [{"type": "missing", "loc": f"body.{f}", "msg": "Field required", "input": given} for f in fields]
+        raise listed([f"  {line}" for line in lines], "body.prompt")
     tokenizer = rules.tokenizer
     if body.prompt is None:
         ids = tokenizer.encode_chat([(message.role, message.text()) for message in body.messages or []])
@@ -429,7 +349,7 @@ def parse_tokenize(decoded: Any, rules: BodyRules) -> dict[str, Any]:
 
 def parse_detokenize(decoded: Any, rules: BodyRules) -> dict[str, Any]:
     """The answer to /detokenize. Raises ``ApiError``."""
-    body = _validated(DetokenizeBody, decoded)
+    body = validated(DetokenizeBody, decoded)
     outside = next((i for i in body.tokens if i >= rules.tokenizer.vocabulary), None)
     if outside is not None:
         raise bad_request(f"Token id {outside} is out of vocabulary")

@@ -59,6 +59,7 @@ class SequenceTimes:
     scheduled_s: float = -1.0
     first_token_s: float = -1.0
     last_token_s: float = -1.0
+    preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class EngineMetrics:
         self.finished[reason] += 1
         self.request_prompt_tokens.observe(times.input_tokens)
         self.request_generation_tokens.observe(tokens)
-        self.request_preemptions.observe(0)
+        self.request_preemptions.observe(times.preemptions)
         self.request_e2e.observe(at_s - times.arrival_s)
         if times.first_token_s < 0:
             return
@@ -194,7 +195,6 @@ class EngineMetrics:
             ("iteration_tokens_total", self.iteration_tokens, "Tokens of a step."),
             ("request_prompt_tokens", self.request_prompt_tokens, "Prompt tokens of a request."),
             ("request_generation_tokens", self.request_generation_tokens, "Output tokens of a request."),
-            ("request_max_num_generation_tokens", self.request_generation_tokens, "Longest output of a request."),
             ("request_params_n", self.request_choices, "Choices asked for."),
             ("request_params_max_tokens", self.request_max_tokens, "Output tokens asked for at most."),
             ("time_to_first_token_seconds", self.ttft, "Arrival to first token."),

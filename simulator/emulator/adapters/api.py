@@ -21,6 +21,7 @@ from simulator.emulator.adapters.instance import EmulatedInstance, PauseMode
 from simulator.emulator.adapters.tasks import Spawned
 from simulator.emulator.errors import ApiError, bad_request, engine_dead, shutting_down
 from simulator.emulator.render import models_answer
+from simulator.emulator.validation import decode_json
 
 VERSION = "0.32.0"
 PAUSE_MODES = ("abort", "wait", "keep")
@@ -105,7 +106,7 @@ class VllmApi:
         exchange: Exchange,
     ) -> None:
         content_type = exchange.headers.get(b"content-type", b"").decode("latin-1")
-        generation = parse(bodies.decode_json(exchange.body, content_type), instance.rules)
+        generation = parse(decode_json(exchange.body, content_type), instance.rules)
         if instance.engine_died:
             raise engine_dead()
         if instance.state is InstanceState.DRAINING:
@@ -121,7 +122,7 @@ class VllmApi:
         exchange: Exchange,
     ) -> None:
         content_type = exchange.headers.get(b"content-type", b"").decode("latin-1")
-        _json(exchange, parse(bodies.decode_json(exchange.body, content_type), instance.rules))
+        _json(exchange, parse(decode_json(exchange.body, content_type), instance.rules))
 
     # --- sleep and pause ---------------------------------------------------------------------------------------------
 

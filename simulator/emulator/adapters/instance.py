@@ -358,6 +358,8 @@ class EmulatedInstance:
 
     def _on_step(self, step: Step, at_s: float) -> None:
         self.metrics.on_step(step.prefill_tokens, step.decode_seqs, len(step.preempted))
+        for sequence_id in step.preempted:
+            self._sequences[sequence_id].times.preemptions += 1
         for sequence_id in step.admitted:
             times = self._sequences[sequence_id].times
             if times.scheduled_s < 0:

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from simulator.emulator.bodies import (
     BodyRules,
-    decode_json,
     parse_chat,
     parse_completion,
     parse_detokenize,
@@ -15,6 +14,7 @@ from simulator.emulator.bodies import (
 from simulator.emulator.errors import ApiError
 from simulator.emulator.render import StreamRenderer, choice_text
 from simulator.emulator.text import FourByteTokenizer, OutputLengths, Words
+from simulator.emulator.validation import decode_json
 
 RULES = BodyRules("tiny", 4096, FourByteTokenizer(), OutputLengths())
 HELLO = [{"role": "user", "content": "Hello there"}]

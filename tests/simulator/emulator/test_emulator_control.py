@@ -2,10 +2,12 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from conftest import chat_body
 
+from energy.adapters.catalogue import load_fitted, save_fitted
 from energy.gpus import gpu_physics
 
 H100 = gpu_physics("H100-SXM")
@@ -188,3 +190,19 @@ def test_a_tokenizer_file_counts_exactly(emulator, tmp_path):
     assert usage["prompt_tokens"] == counted["count"]
     answer = instance.http.post("/v1/completions", json={"prompt": [7]})
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "Token id 7 is out of vocabulary")
+
+
+def test_a_kv_cache_that_is_too_small_preempts_and_says_so(emulator, fast_profile, tmp_path):
+    fitted = load_fitted(fast_profile)
+    small = tmp_path / "small.yaml"
+    save_fitted(replace(fitted, kv_capacity=dict.fromkeys(fitted.kv_capacity, 1024)), small)
+    instance = emulator.start(profile=str(small))
+    assert instance.described["max_model_len"] == 1024
+    body = chat_body(max_tokens=600)
+    with ThreadPoolExecutor(3) as threads:
+        answers = list(threads.map(lambda _: instance.http.post("/v1/chat/completions", json=body), range(3)))
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [600] * 3
+    preempted = instance.metric("vllm:num_preemptions_total")
+    assert preempted >= 1
+    assert instance.metric("vllm:request_num_preemptions_sum") == preempted
+    assert instance.metric("vllm:prompt_tokens_total") == 3 * 13  # recomputing does not count
