@@ -12,6 +12,7 @@ from benchmarks.replay import INTERRUPTED, Outcome, ReplayRequest
 from benchmarks.replay_report import GapHistogram, Percentiles, Tally
 from benchmarks.replay_table import print_report
 from pools.classes import ClassSlos
+from simulator.histograms import BUCKETS, bucket_of
 
 
 def request(number=0, due_s=0.0, input_tokens=100, output_tokens=3) -> ReplayRequest:
@@ -131,6 +132,15 @@ def test_gap_percentiles_are_right_to_one_percent(gaps_s):
     exact = real[int(np.ceil(0.5 * len(real))) - 1]
     assert histogram.percentiles().p50 == pytest.approx(exact, rel=0.011)
     assert histogram.percentiles().max == pytest.approx(real[-1], rel=0.011)
+
+
+@given(st.lists(st.floats(0, 1e4), min_size=1, max_size=50))
+def test_gaps_are_counted_in_the_simulators_buckets(gaps_s):
+    times_s = tuple(np.concatenate(([0.0], np.cumsum(gaps_s))).tolist())
+    histogram = GapHistogram()
+    histogram.add(times_s)
+    expected = np.bincount([bucket_of(gap_s) for gap_s in np.diff(times_s)], minlength=BUCKETS)
+    assert np.array_equal(histogram.counts, expected)
 
 
 def test_gaps_outside_the_buckets_fall_into_the_outermost():
