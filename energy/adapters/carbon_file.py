@@ -1,7 +1,7 @@
 """Hourly carbon intensity from a CSV file (.gz too): a ``timestamp`` column and one of grams of CO2 per kWh.
 
 Reads what HewlettPackard/dc-rl publishes of the EIA's hours (columns ``timestamp``, ..., ``avg_CI``), and any file of
-that form. Consecutive hours, oldest first.
+that form. Consecutive hours, oldest first; one left empty, as some of the EIA's are, is as the hour before it.
 """
 
 import csv
@@ -23,7 +23,7 @@ def read_hourly(path: Path, column: str = COLUMN) -> HourlyIntensity:
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             for line, row in enumerate(csv.DictReader(file), start=2):
-                unix_s, value = _hour(path, line, row, column)
+                unix_s, value = _hour(path, line, row, column, values[-1] if values else None)
                 if not values:
                     begin_s = unix_s
                 elif unix_s != begin_s + len(values) * HOUR_S:
@@ -34,10 +34,10 @@ def read_hourly(path: Path, column: str = COLUMN) -> HourlyIntensity:
     return HourlyIntensity(begin_s, tuple(values), path.name)
 
 
-def _hour(path: Path, line: int, row: dict[str, str], column: str) -> tuple[float, float]:
+def _hour(path: Path, line: int, row: dict[str, str], column: str, before: float | None) -> tuple[float, float]:
     try:
         moment = datetime.fromisoformat(row["timestamp"])
-        value = float(row[column])
+        value = before if before is not None and row[column] == "" else float(row[column])
     except KeyError as error:
         raise CarbonError(f"{path}: there is no column {error}; it needs timestamp and {column}") from None
     except (ValueError, TypeError) as error:

@@ -56,7 +56,7 @@ def account(ledger, jobs, meter, period_s=1.0, streamed=True):
             ledger.metered(Interval(INSTANCE, before_s, at_s, meter.read_j(at_s) - meter.read_j(before_s)))
             ledger.settle(at_s)
             before_s = at_s
-    ledger.settle(last_s + SETTLE_S)
+    ledger.settle(last_s + 2 * SETTLE_S)
     return said_j, last_s
 
 
@@ -119,7 +119,7 @@ def test_an_empty_instance_is_idle_or_in_transition():
     ledger.metered(Interval(INSTANCE, 0.0, 10.0, 4866.0))
     starting = MeteredInstance("i-2", "SS", "llama", "H100-SXM", 2, Use.TRANSITION, 121.7)
     ledger.metered(Interval(starting, 0.0, 10.0, 3000.0))
-    ledger.settle(10.0 + SETTLE_S)
+    ledger.settle(10.0 + 2 * SETTLE_S)
     assert total(ledger, "idle_j", pool="LL") == pytest.approx(4866.0)
     assert total(ledger, "transition_j", pool="SS") == pytest.approx(3000.0)
     assert total(ledger, "energy_j") == pytest.approx(7866.0)
