@@ -101,12 +101,14 @@ class SimulatedCluster:
         self.by_row: dict[int, SimulatedInstance] = {}
         self.changes = Changes()
         self.routes_changed = True
+        self.clocks_changed = False  # the fastest of a pool may be another
         self.route: Route | None = None
         self.free = np.full(nodes, gpus_per_node, dtype=np.int64)
         rows = len(world.engines.mode)
         self.row_state = np.zeros(rows, dtype=np.int64)
         self.row_node = np.zeros(rows, dtype=np.int64)
         self.row_clock_mhz = np.zeros(rows, dtype=np.int64)
+        self.row_blocks = np.zeros(rows, dtype=np.int64)
         self.row_ready_at_s = np.full(rows, float("-inf"))
         self.energy_j = {"boot": 0.0, "transition": 0.0, "parked": 0.0, "free": 0.0}
         self.engine_j = np.zeros(3)  # prefill, decode, idle of rows that are closed
@@ -232,7 +234,7 @@ class SimulatedCluster:
         self.row_clock_mhz[instance.row] = sm_clock_mhz
         if instance.state in (READY, DRAINING):
             self._set_operating(instance, now_s)
-            self.routes_changed = True  # the fastest of a pool may be another
+            self.clocks_changed = True
 
     def _set_operating(self, instance: SimulatedInstance, now_s: float) -> None:
         operating = self._points.index(instance.tp, instance.sm_clock_mhz)
@@ -299,7 +301,7 @@ class SimulatedCluster:
         x.worst_share[row] = -1.0
         for column, value in zip(self.world.load, LOAD_EMPTY, strict=True):
             column[row] = value
-        self.world.batch.free_blocks[row] = self.kv_blocks(instance.tp)
+        self.world.batch.free_blocks[row] = self.row_blocks[row] = self.kv_blocks(instance.tp)
         self.row_node[row] = instance.node
         self.row_clock_mhz[row] = instance.sm_clock_mhz
         x.operating[row] = self._points.index(instance.tp, instance.sm_clock_mhz)

@@ -34,6 +34,7 @@ from solver.control import (
     Demand,
     InstanceViews,
     Observation,
+    Route,
     Tick,
 )
 
@@ -97,6 +98,7 @@ class Simulation:
         self._tick_s = 0.0
         self._tick_energy = np.zeros(len(self.world.engines.mode))
         self._samples = Samples(setup.profile.tensor_parallel)
+        self._routed: tuple[frozenset[str], Route | None] | None = None
         self.diagnostics: list[tuple[float, Any]] = []
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ class Simulation:
         window_s = max(self.now_s - self._tick_s, 1e-9)
         energy_j = self._energy_of(rows).sum(axis=1)
         worst = x.worst_share[rows]
-        blocks = np.array([cluster.kv_blocks(tp) for tp in x.tp[rows]], dtype=np.float64)
+        blocks = cluster.row_blocks[rows]
         views = InstanceViews(
             ids=tuple(cluster.instances),
             pool=x.pool[rows],
@@ -273,9 +275,8 @@ class Simulation:
     def _energy_of(self, rows: Any) -> Any:
         """(n, 3) prefill, decode and idle joules of engine rows until now; 0 for rows that run no engine."""
         out = np.zeros((len(rows), 3))
-        serving = np.isin(
-            self.cluster.row_state[rows], (STATE_CODE[InstanceState.READY], STATE_CODE[InstanceState.DRAINING])
-        )
+        state = self.cluster.row_state[rows]
+        serving = (state == STATE_CODE[InstanceState.READY]) | (state == STATE_CODE[InstanceState.DRAINING])
         part = np.zeros((int(serving.sum()), 3))
         self._functions.energy_until(self.world.record, rows[serving], self.now_s, part)
         out[serving] = part
@@ -285,16 +286,18 @@ class Simulation:
 
     def _follow_changes(self) -> None:
         """After instances came, went or changed clock: candidates and routes anew, and try those waiting."""
-        if not self.cluster.routes_changed:
+        if not (self.cluster.routes_changed or self.cluster.clocks_changed):
             return
-        self.cluster.routes_changed = False
-        self._fill_members()
-        self._fill_routes()
+        if self.cluster.routes_changed:
+            self._fill_members()
+            self._fill_routes()
+        self._find_fastest()
+        self.cluster.routes_changed = self.cluster.clocks_changed = False
         if self.world.routing.waiting[0]:
             self._functions.serve_lanes(self.world.record, self.setup.limits, self.now_s)
 
     def _fill_members(self) -> None:
-        routing, costs = self.world.routing, self.world.costs
+        routing = self.world.routing
         members: list[list[int]] = [[] for _ in self.cluster.pools]
         for instance in self.cluster.instances.values():
             if instance.state is InstanceState.READY:
@@ -303,13 +306,21 @@ class Simulation:
             windows = -(-len(rows) // 32)
             routing.member_count[p] = len(rows)
             routing.members[p, : len(rows)] = [row for k in range(windows) for row in rows[k::windows]]
-            if rows:
-                routing.fastest[p] = min(rows, key=lambda row: float(costs.token_s[row]))
+
+    def _find_fastest(self) -> None:
+        """The member of each pool that reads a prompt soonest."""
+        routing, token_s = self.world.routing, np.asarray(self.world.costs.token_s)
+        for p in np.flatnonzero(routing.member_count):
+            rows = routing.members[p, : routing.member_count[p]]
+            routing.fastest[p] = rows[token_s[rows].argmin()]
 
     def _fill_routes(self) -> None:
         routing = self.world.routing
         names = self.cluster.pools
         served = frozenset(name for p, name in enumerate(names) if routing.member_count[p])
+        if self._routed == (served, self.cluster.route):
+            return
+        self._routed = (served, self.cluster.route)
         view = ClusterView(
             version=0,
             as_of_s=self.now_s,
