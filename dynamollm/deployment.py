@@ -51,6 +51,7 @@ class Deployment:
         }
         self._addresses: dict[str, Address] = {}
         self._counts: dict[str, int] = {}
+        self._ready_at_s: dict[str, float] = {}
         self._shares: dict[tuple[str, RequestClass], tuple[tuple[str, float], ...]] = {}
         self._version = 0
 
@@ -89,6 +90,17 @@ class Deployment:
         self._addresses[instance.id] = Address.of_url(instance.url)
         self._version += 1
 
+    def expect_ready(self, instance_id: str, at_s: float) -> None:
+        """Note when an instance that is starting should be READY."""
+        self._ready_at_s[instance_id] = at_s
+
+    def ready_at_s(self, instance_id: str) -> float:
+        """When a STARTING instance should be READY; -inf for any other."""
+        instance = self.instances.get(instance_id)
+        if instance is None or instance.state is not InstanceState.STARTING:
+            return float("-inf")
+        return self._ready_at_s.get(instance_id, float("-inf"))
+
     def change(self, event: InstanceEvent) -> Instance | None:
         """Take in a change of state; the instance as it is now, or None if it is not known.
 
@@ -101,6 +113,7 @@ class Deployment:
         if event.state in GONE:
             del self.instances[instance.id]
             del self._addresses[instance.id]
+            self._ready_at_s.pop(instance.id, None)
             self.placement.release(instance.gpus)
         else:
             self.instances[instance.id] = instance

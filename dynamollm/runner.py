@@ -57,12 +57,16 @@ class Runner:
         router: RoutedFleet,
         probe: EngineProbe,
         clock: Callable[[], float],
+        startup_s: float = 120.0,
     ) -> None:
+        """``startup_s``: how long a start is expected to take until one has been seen."""
         self._deployment = deployment
         self._driver = driver
         self._router = router
         self._probe = probe
         self._clock = clock
+        self.startup_s = startup_s
+        self._started_s: dict[str, float] = {}
         self._specs: dict[str, InstanceSpec] = {}
         self._early: dict[str, InstanceEvent] = {}  # overtook the answer to their start
         self._failures: dict[str, int] = {}  # in a row, by pool
@@ -100,6 +104,8 @@ class Runner:
     async def start_instance(self, spec: InstanceSpec) -> None:
         """Start an instance and watch it. Raises ``DriverError``; its GPUs are then free again."""
         self._specs[spec.id] = spec
+        self._started_s[spec.id] = self._clock()
+        self._deployment.expect_ready(spec.id, self._clock() + self.startup_s)
         try:
             instance = await self._driver.start(spec)
         except DriverError:
@@ -122,6 +128,9 @@ class Runner:
         self.publish()
         if event.state is InstanceState.READY:
             self._failures.pop(after.pool, None)
+            if (began_s := self._started_s.pop(after.id, None)) is not None:
+                # measured, not assumed: what the next start is expected to take
+                self.startup_s += 0.3 * (self._clock() - began_s - self.startup_s)
             log.info("instance %s is ready at %s", after.id, after.url)
         elif event.state is InstanceState.STOPPED:
             self._specs.pop(after.id, None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from energy.profile import StepCoefficients
 from pools import scoring
+from pools.classes import RequestClass
 from pools.instances import Instance, InstanceState
 from pools.outliers import EjectionLimits, Outliers
 from pools.request import Assigned, Request
@@ -74,6 +75,7 @@ class Fleet:
         self.open_pool: list[str] = []  # the pool it may serve in now, or nothing
         self._steps: list[StepCoefficients] = []
         self._max_seqs: list[float] = []  # the column of costs, to write on
+        self.given: list[list[int]] = []  # requests each instance was ever given, by class
         self._asleep: set[str] = set()
         self._foreign: dict[str, _Foreign] = {}
         self._promises: list[dict[float, int]] = []  # how many on an instance are owed each TBT
@@ -85,6 +87,8 @@ class Fleet:
             raise ValueError(f"cluster view {view.version}: two instances have one id; give each its own")
         promises = {v.instance.id: p for v, p in zip(self.views, self._promises, strict=True)}
         self._promises = [promises.get(instance_id, {}) for instance_id in index]
+        given = {v.instance.id: g for v, g in zip(self.views, self.given, strict=True)}
+        self.given = [given.get(instance_id) or [0] * len(RequestClass) for instance_id in index]
         before = {v.instance.id: row for v, row in zip(self.views, zip(*self.load, strict=True), strict=True)}
         rows = [before.get(instance_id, scoring.LOAD_EMPTY) for instance_id in index]
         self.load = Load(*([row[k] for row in rows] for k in range(len(Load._fields))))
@@ -192,6 +196,7 @@ class Fleet:
         self._refresh(i)
         promises = self._promises[i]
         promises[tbt_s] = promises.get(tbt_s, 0) + 1
+        self.given[i][request.request_class] += 1
         answer = self.assigned[i]
         self.flights[request.id] = Flight(request, answer.instance_id, tbt_s, self.load.prefill_done_s[i])
         return answer

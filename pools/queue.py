@@ -98,6 +98,10 @@ class RequestQueue:
         self._lanes = {lane: heap for lane, heap in self._lanes.items() if self.ranked_head(lane) is not None}
         return sorted(heap[0] for heap in self._lanes.values())
 
+    def depths(self) -> dict[Lane, int]:
+        """How many wait in each lane; a walk over all, for planning and not for routing."""
+        return {lane: sum(not ranked[-1].gone for ranked in heap) for lane, heap in self._lanes.items()}
+
     def take(self, waiting: Waiting) -> None:
         """Take this one out."""
         waiting.gone = True

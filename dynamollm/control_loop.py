@@ -1,0 +1,84 @@
+"""ControlLoop: calls the controller at its ticks and hands what it decides to the operations.
+
+The controller is pure and may think for a second: it runs elsewhere (``adapters/controller_process.py``), never on the
+gateway's event loop. If it dies it is started again, with a higher epoch, and plans from what it then sees; until then
+the cluster stays as it is and the gateway serves on.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from solver.control import Action, Diagnostic, Effects, Observation, Tick
+
+log = logging.getLogger("dynamollm.control")
+
+KEPT_DECISIONS = 200
+RESTART_S = 1.0
+
+
+class ControllerLostError(Exception):
+    """The process that the controller ran in is gone."""
+
+
+class AsyncController(Protocol):
+    """A ``solver.control.Controller`` somewhere else."""
+
+    async def first_tick(self, now_s: float) -> Tick:
+        """When to call it first. Raises ``ControllerLostError``."""
+
+    async def on_tick(self, tick: Tick, observation: Observation) -> Effects:
+        """Decide. Raises ``ControllerLostError``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TickRecord:
+    """One tick that decided something, for `dynamollm explain`."""
+
+    at_s: float
+    took_s: float  # from the observation to the answer
+    actions: tuple[Action, ...]
+    diagnostics: tuple[Diagnostic, ...]
+
+
+class ControlLoop:
+    """``run`` it as a task."""
+
+    def __init__(
+        self,
+        controller: AsyncController,
+        observe: Callable[[float], Observation],
+        apply: Callable[[Iterable[Action]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.decisions: deque[TickRecord] = deque(maxlen=KEPT_DECISIONS)
+        self.ticks = 0
+        self._controller = controller
+        self._observe = observe
+        self._apply = apply
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Tick until cancelled."""
+        while True:
+            try:
+                await self._tick_on()
+            except ControllerLostError as error:
+                log.warning("the controller was lost (%s); starting it again", error)
+                await asyncio.sleep(RESTART_S)
+
+    async def _tick_on(self) -> None:
+        tick = await self._controller.first_tick(self._clock())
+        while True:
+            await asyncio.sleep(max(tick.at_s - self._clock(), 0.0))
+            now_s = self._clock()
+            effects = await self._controller.on_tick(tick, self._observe(now_s))
+            self.ticks += 1
+            if effects.actions or effects.diagnostics:
+                took_s = self._clock() - now_s
+                self.decisions.append(TickRecord(now_s, took_s, effects.actions, effects.diagnostics))
+            self._apply(effects.actions)
+            tick = effects.next_tick

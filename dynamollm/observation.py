@@ -1,0 +1,154 @@
+"""Observer: what a controller is shown, gathered from the router, the deployment and the requests that ended. Pure.
+
+It counts since the last look: requests by class (all, and those each instance was given), the worst use of an SLO on
+each instance. What nobody measured is nan, as ``solver.control`` says.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynamollm.deployment import Deployment
+from pools.classes import REQUEST_CLASSES
+from pools.router import Router
+from pools.traffic import ClassTraffic
+from proxy.outcome import Outcome
+from solver.control import STATE_CODE, ClusterState, Demand, InstanceViews, Observation
+
+CLASSES = len(REQUEST_CLASSES)
+NONE = ClassTraffic()
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """What the router counts for one instance."""
+
+    running: float = 0.0
+    pending_tokens: float = 0.0
+    context_tokens: float = 0.0
+    given: tuple[int, ...] = (0,) * CLASSES
+
+
+class Observer:
+    """One look after another; ``on_outcome`` belongs among the gateway's observers."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        router: Router,
+        now_s: float,
+        power_w: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        """``power_w``: the last known power of instances, by id; those missing are taken as not measured."""
+        self._deployment = deployment
+        self._router = router
+        self._power_w = power_w
+        self._seen_s = now_s
+        self._traffic = router.traffic.snapshot()
+        self._given: dict[str, tuple[int, ...]] = {}
+        self._worst: dict[str, float] = {}  # largest share of an SLO used since the last look, by instance
+        self._ready_at_s: dict[str, float] = {}
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Take in how a request ended."""
+        if outcome.instance_id is not None and (share := slo_share(outcome)) is not None:
+            self._worst[outcome.instance_id] = max(share, self._worst.get(outcome.instance_id, 0.0))
+
+    def observe(self, now_s: float) -> Observation:
+        """Everything since the last look."""
+        window_s = max(now_s - self._seen_s, 1e-9)
+        observation = Observation(now_s, self._cluster(now_s, window_s), self._demand(window_s))
+        self._seen_s = now_s
+        self._worst.clear()
+        return observation
+
+    def _demand(self, window_s: float) -> Demand:
+        models = list(self._deployment.models())
+        now, before = self._router.traffic.snapshot(), self._traffic
+        self._traffic = now
+        columns = np.zeros((3, len(models) * CLASSES))
+        for m, model in enumerate(models):
+            for request_class in REQUEST_CLASSES:
+                key = (model, request_class)
+                a, b = now.get(key, NONE), before.get(key, NONE)
+                arrived = a.arrived - b.arrived
+                # what is arriving now has not ended: its outputs are taken to be as long as those that have
+                mean_output = a.output_tokens / a.finished if a.finished else 0.0
+                row = m * CLASSES + request_class
+                columns[:, row] = arrived, a.input_tokens - b.input_tokens, arrived * mean_output
+        queued = np.zeros(len(models) * CLASSES)
+        for (model, class_value), depth in self._router.queue.depths().items():
+            if model in models:
+                queued[models.index(model) * CLASSES + class_value] = depth
+        return Demand(window_s, columns[0], columns[1], columns[2], queued)
+
+    def _cluster(self, now_s: float, window_s: float) -> ClusterState:
+        deployment = self._deployment
+        pools = tuple(pool.name for pool in deployment.settings.pools)
+        nodes = deployment.placement.nodes
+        names = tuple(nodes)
+        instances = list(deployment.instances.values())
+        live = self._live()
+        rows = [live.get(i.id, _Live()) for i in instances]
+        given = np.array([_since(row.given, self._given.get(i.id)) for row, i in zip(rows, instances, strict=True)])
+        self._given = {instance_id: row.given for instance_id, row in live.items()}
+        power_w = self._power_w()
+        views = InstanceViews(
+            ids=tuple(i.id for i in instances),
+            pool=_ints(pools.index(i.pool) for i in instances),
+            node=_ints(names.index(i.gpus[0].node) for i in instances),
+            tp=_ints(i.shape.tp for i in instances),
+            state=_ints(STATE_CODE[i.state] for i in instances),
+            sm_clock_mhz=_ints(i.sm_clock_mhz for i in instances),
+            ready_at_s=np.array([deployment.ready_at_s(i.id) for i in instances], dtype=np.float64),
+            class_rate_rps=given.reshape(-1, CLASSES) / window_s,
+            running=np.array([row.running for row in rows], dtype=np.float64),
+            waiting=np.zeros(len(instances)),
+            waiting_tokens=np.array([row.pending_tokens for row in rows], dtype=np.float64),
+            context_tokens=np.array([row.context_tokens for row in rows], dtype=np.float64),
+            slo_slack=np.array([1.0 - self._worst.get(i.id, np.nan) for i in instances], dtype=np.float64),
+            power_w=np.array([power_w.get(i.id, np.nan) for i in instances], dtype=np.float64),
+        )
+        return ClusterState(
+            at_s=now_s,
+            pools=pools,
+            node_names=names,
+            node_gpus=_ints(nodes.values()),
+            node_usable=np.ones(len(names), dtype=np.bool_),
+            instances=views,
+        )
+
+    def _live(self) -> dict[str, _Live]:
+        fleet = self._router.fleet
+        return {
+            instance_id: _Live(
+                fleet.load.in_flight[i],
+                fleet.load.pending_tokens[i],
+                fleet.load.context_tokens[i],
+                tuple(fleet.given[i]),
+            )
+            for instance_id, i in fleet.index.items()
+        }
+
+
+def slo_share(outcome: Outcome) -> float | None:
+    """The larger share of its SLO that a request used, TTFT or mean time between tokens; None where it is not known."""
+    if outcome.first_token_s is None or outcome.cancelled:
+        return None
+    request = outcome.request
+    if not outcome.fields.stream:  # its first token was not seen
+        return None
+    share = (outcome.first_token_s - request.arrival_s) / request.slo.ttft_s
+    gaps = (outcome.completion_tokens or 1) - 1
+    if gaps > 0:
+        share = max(share, (outcome.ended_s - outcome.first_token_s) / gaps / request.slo.tbt_s)
+    return share
+
+
+def _since(now: Sequence[int], before: Sequence[int] | None) -> list[int]:
+    return [a - b for a, b in zip(now, before, strict=True)] if before else list(now)
+
+
+def _ints(values: object) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.array(list(values), dtype=np.int64)  # type: ignore[call-overload]
