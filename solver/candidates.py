@@ -46,7 +46,8 @@ class Candidates:
     group_pool: IntArray  # (G,)
     group_shape: IntArray  # (G,)
     group_peak: FloatArray  # (G,)
-    group_top_mhz: IntArray  # (G,) the highest clock
+    group_low_mhz: IntArray  # (G,) the lowest clock
+    group_idle_w: FloatArray  # (G,) one instance without work, at the lowest clock
     point_group: IntArray  # (J,)
     point_capacity: FloatArray  # (J,)
     point_power_w: FloatArray  # (J,)
@@ -91,7 +92,8 @@ class _Block:
     group_pool: IntArray
     group_shape: IntArray
     group_peak: FloatArray
-    group_top_mhz: IntArray
+    group_low_mhz: IntArray
+    group_idle_w: FloatArray
     point_group: IntArray
     point_capacity: FloatArray
     point_power_w: FloatArray
@@ -138,7 +140,8 @@ def _model_block(
         group_pool=np.asarray(members, dtype=np.int64)[pool_at],
         group_shape=tp_at,
         group_peak=peak,
-        group_top_mhz=np.full(len(pool_at), clocks[-1], dtype=np.int64),
+        group_low_mhz=np.full(len(pool_at), clocks[0], dtype=np.int64),
+        group_idle_w=np.asarray(table.power_w(tps[tp_at], clocks[0], 0, 0.0)),
         point_group=group,
         point_capacity=rate[at],
         point_power_w=power_w[at],
@@ -181,7 +184,7 @@ def _work(
     """(9, g) requests of the pool's own class that one request of each class is worth; inf where it may not go.
 
     The ratio of highest rates at the group's most efficient clock: where it runs most. A class may share an instance
-    with a longer one only if it still meets its TTFT after waiting for one prefill of it.
+    with longer inputs only if it still meets its TTFT after waiting for one prefill of the longest of their size.
     """
     host = own[pool_at]
     rates = highest[tp_at, best_clock]  # (g, 9)
@@ -189,8 +192,10 @@ def _work(
     ttft_s = table.ttft_p50[t_axis[tp_at], c_axis[best_clock], :, light]  # (g, 9)
     slo_s = np.array([c.ttft_slo_s for c in table.classes])
     each = np.arange(len(host))
-    in_time = ttft_s + ttft_s[each, host][:, None] <= slo_s
-    allowed = _DOMINATES[:, host].T & (in_time | (np.arange(CLASSES) == host[:, None]))
+    alike = np.arange(CLASSES)[None, :] // 3 == host[:, None] // 3  # classes with the host's input size
+    prefill_s = np.where(alike, ttft_s, 0.0).max(axis=1)
+    in_time = ttft_s + prefill_s[:, None] <= slo_s
+    allowed = _DOMINATES[:, host].T & (in_time | alike)
     if not knobs.dominating:
         allowed &= _nearest(own)[:, pool_at].T
     allowed &= rates > 0.0
@@ -266,7 +271,8 @@ def _join(models: tuple[str, ...], pools: tuple[PoolView, ...], blocks: Sequence
         group_pool=ints("group_pool"),
         group_shape=ints("group_shape", shapes),
         group_peak=floats("group_peak"),
-        group_top_mhz=ints("group_top_mhz"),
+        group_low_mhz=ints("group_low_mhz"),
+        group_idle_w=floats("group_idle_w"),
         point_group=ints("point_group", groups),
         point_capacity=floats("point_capacity"),
         point_power_w=floats("point_power_w"),

@@ -1,8 +1,11 @@
-"""ClockChooser: every 5 s, for each instance, the SM clock that carries its load within the SLO at the least power.
+"""ClockChooser: every 5 s, the SM clocks at which a pool's instances carry its load within the SLO at the least power.
 
-The load of an instance is what it was given lately, as shares of what its class alone could be given at each clock
-(shares add up over classes). Raising is immediate; lowering waits until the lower clock would still leave room and the
-SLO was met with slack for a while. Vectorised over instances: one call takes some ten microseconds.
+The load of a pool is what its instances were given lately, each class counted in shares of what an instance could carry
+of it alone. The router spreads load by what instances do at their present clocks, so a clock chosen from the load of
+one instance would feed on itself: more clock, more load, more clock. Hence clocks are chosen for a pool together: all
+begin at the lowest and are raised, the cheapest gain in capacity first, until the load fits. Raising is immediate;
+lowering needs room to spare. The SLO is a P99, so one late request says little: what counts is how often the worst of
+a tick was late lately. A few array operations for each pool and TP; see benchmarks/solver_scaling.py for the time.
 Source: DynamoLLM section IV, instance controller (drop clocks that break the SLO, take the least-energy one).
 """
 
@@ -23,12 +26,12 @@ READY = STATE_CODE[InstanceState.READY]
 class ClockSettings:
     """How careful to be with clocks."""
 
-    memory_s: float = 30.0  # time constant of an instance's load
-    ceiling: float = 0.85  # of the SLO capacity at the clock chosen
-    lower_ceiling: float = 0.75  # what the lower clock may be filled to, to be taken: hysteresis
-    tight_slack: float = 0.1  # SLO slack below which the clock goes up whatever the load says
-    calm_slack: float = 0.3  # SLO slack above which it may go down
-    calm_ticks: int = 3  # ticks in a row, before it goes down
+    memory_s: float = 30.0  # time constant of the load
+    ceiling: float = 0.9  # of the SLO capacity; beyond it clocks go up
+    target: float = 0.8  # what a change of clocks makes room for
+    miss_memory_s: float = 20.0  # time constant of how often the SLO is missed
+    tight: float = 0.4  # share of ticks with a miss above which an instance goes one step beyond its pool's
+    broken: float = 0.7  # above which it goes to the top
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,12 +39,12 @@ class ClockChoice:
     """What each instance should run at, and why."""
 
     sm_clock_mhz: IntArray  # (I,)
-    load: FloatArray  # (I,) share of the SLO capacity at that clock
-    raised_for_slack: FloatArray  # (I,) 1 where the SLO, not the load, asked for it
+    pool_load: FloatArray  # (P,) share of the SLO capacity of the pool at those clocks; inf: it has no instance
+    missed: FloatArray  # (I,) how often its worst request was late lately, 0..1
 
 
 class ClockChooser:
-    """Remembers each instance's load and calm by its id."""
+    """Remembers the load of pools and the misses of instances."""
 
     def __init__(
         self,
@@ -50,100 +53,125 @@ class ClockChooser:
         settings: ClockSettings | None = None,
     ) -> None:
         self._settings = settings or ClockSettings()
-        self._tables = [_ModelArrays(table) for table in tables.values()]
-        models = list(tables)
-        self._pool_model: IntArray = np.array([models.index(pool.model) for pool in pools], dtype=np.int64)
+        arrays = {model: _ModelArrays(table) for model, table in tables.items()}
+        self._arrays = [arrays[pool.model] for pool in pools]
+        self._load_rps = np.zeros((len(pools), 9))
+        self._weight = np.zeros(len(pools))
         self._ids: tuple[str, ...] = ()
-        self._load_rps = np.zeros((0, 9))
-        self._calm = np.zeros(0, dtype=np.int64)
+        self._missed = np.zeros(0)
 
     def choose(self, window_s: float, instances: InstanceViews) -> ClockChoice:
         """The clock of every instance; those not READY keep theirs."""
         self._follow(instances, window_s)
         clock = instances.sm_clock_mhz.copy()
-        load = np.zeros(len(instances))
-        raised = np.zeros(len(instances))
-        models = self._pool_model[instances.pool]
-        for m, arrays in enumerate(self._tables):
-            mine = np.flatnonzero((instances.state == READY) & (models == m))
+        pool_load = np.zeros(len(self._arrays))
+        ready = instances.state == READY
+        for p, arrays in enumerate(self._arrays):
+            mine = np.flatnonzero(ready & (instances.pool == p))
+            rate = self._load_rps[p] / max(float(self._weight[p]), 1e-9)
             if len(mine):
-                clock[mine], load[mine], raised[mine] = self._of_model(arrays, mine, instances)
-        return ClockChoice(clock, load, raised)
+                clock[mine], pool_load[p] = self._of_pool(arrays, mine, instances, rate)
+            elif rate.any():
+                pool_load[p] = np.inf
+        return ClockChoice(clock, pool_load, self._missed)
 
     def _follow(self, instances: InstanceViews, window_s: float) -> None:
-        """Carry loads and calm over to the instances there are now."""
+        """Take in what the pools were given, and carry misses over to the instances there are now."""
         settings = self._settings
-        if instances.ids != self._ids:
-            before = {name: i for i, name in enumerate(self._ids)}
-            at = np.array([before.get(name, -1) for name in instances.ids], dtype=np.int64)
-            old_load, old_calm = self._load_rps, self._calm
-            self._load_rps = np.where(at[:, None] >= 0, old_load[at], np.nan) if len(old_load) else _unknown(len(at))
-            self._calm = np.where(at >= 0, old_calm[at], 0) if len(old_calm) else np.zeros(len(at), dtype=np.int64)
-            self._ids = instances.ids
         keep = float(np.exp(-window_s / settings.memory_s))
-        seen = instances.class_rate_rps
-        known = ~np.isnan(self._load_rps)
-        self._load_rps = np.where(known, self._load_rps * keep + seen * (1.0 - keep), seen)
-        slack = instances.slo_slack
-        calm = np.isnan(slack) | (slack >= settings.calm_slack)
-        self._calm = np.where(calm, self._calm + 1, 0)
+        seen = np.zeros_like(self._load_rps)
+        np.add.at(seen, instances.pool, instances.class_rate_rps)
+        self._load_rps = self._load_rps * keep + seen * (1.0 - keep)
+        self._weight = self._weight * keep + (1.0 - keep)
+        if instances.ids != self._ids:
+            before = dict(zip(self._ids, self._missed.tolist(), strict=True))
+            self._missed = np.array([before.get(name, 0.0) for name in instances.ids])
+            self._ids = instances.ids
+        keep = float(np.exp(-window_s / settings.miss_memory_s))
+        self._missed = self._missed * keep + (instances.slo_slack < 0.0) * (1.0 - keep)  # nan, none seen: no miss
 
-    def _of_model(
-        self, arrays: "_ModelArrays", mine: IntArray, instances: InstanceViews
-    ) -> tuple[IntArray, FloatArray, FloatArray]:
+    def _of_pool(
+        self, arrays: "_ModelArrays", mine: IntArray, instances: InstanceViews, rate: FloatArray
+    ) -> tuple[IntArray, float]:
+        """Clocks of a pool's instances, and its load at them."""
         settings = self._settings
         tp = arrays.tp_at(instances.tp[mine])
         now = arrays.clock_at(instances.sm_clock_mhz[mine])
-        shares = self._load_rps[mine][:, None, :] * arrays.per_request[tp]  # (n, C, 9)
-        load = shares.sum(axis=2)  # (n, C)
-        power_w = arrays.power_at(tp, shares.argmax(axis=2), load)
-        steps = np.arange(load.shape[1])
-        calm = self._calm[mine] >= settings.calm_ticks
-        ceiling = np.where(steps < now[:, None], settings.lower_ceiling, settings.ceiling)
-        allowed = (load <= ceiling) & (calm[:, None] | (steps >= now[:, None]))
-        wanted = np.where(allowed, power_w, np.inf).argmin(axis=1)
-        wanted = np.where(allowed.any(axis=1), wanted, load.shape[1] - 1)
-        slack = instances.slo_slack[mine]
-        tight = slack < settings.tight_slack  # nan: False
-        broken = slack < 0.0
-        one_up = np.minimum(now + 1, load.shape[1] - 1)
-        raised = np.where(tight, np.maximum(wanted, one_up), wanted)
-        raised = np.where(broken, load.shape[1] - 1, raised)
-        at = np.arange(len(mine))
-        return arrays.clocks[raised], load[at, raised], (raised > wanted).astype(np.float64)
+        kinds = np.unique(tp)
+        fit, power_w = arrays.carried(kinds, rate)  # (k, C) share of the pool's load one instance carries; its power
+        kind = np.searchsorted(kinds, tp)
+        step = now
+        held_w = float(power_w[kind, now].sum())
+        wanted = _raise(fit, power_w, kind, now, 1.0 / settings.target)
+        if fit[kind, now].sum() * settings.ceiling < 1.0 or power_w[kind, wanted].sum() < held_w:
+            step = wanted
+        missed, top = self._missed[mine], fit.shape[1] - 1
+        step = np.where(missed > settings.tight, np.minimum(step + 1, top), step)
+        step = np.where(missed > settings.broken, top, step)
+        carried = float(fit[kind, step].sum())
+        return arrays.clocks[step], 1.0 / carried if carried > 0.0 else np.inf
 
 
-def _unknown(count: int) -> FloatArray:
-    return np.full((count, 9), np.nan)
+def _raise(fit: FloatArray, power_w: FloatArray, kind: IntArray, now: IntArray, enough: float) -> IntArray:
+    """(n,) clock positions: from the lowest, the cheapest gains first, until the sum of ``fit`` is enough.
+
+    Gains are taken along the lower convex hull of each kind, so the cheapest first is the least power, but for the last
+    instance raised. Among like instances those at a high clock now go up first: fewer changes.
+    """
+    count = np.bincount(kind, minlength=len(fit))
+    gains = []  # (watts per share, kind, from, to)
+    for k in range(len(fit)):
+        at = int(np.argmin(power_w[k]))
+        while at < fit.shape[1] - 1:
+            gain = fit[k, at + 1 :] - fit[k, at]
+            cost = power_w[k, at + 1 :] - power_w[k, at]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                slope = np.where(gain > 0.0, cost / gain, np.inf)
+            best = int(np.argmin(slope))
+            if not np.isfinite(slope[best]):
+                break
+            gains.append((float(slope[best]), k, at, at + 1 + best))
+            at += 1 + best
+    lowest = power_w.argmin(axis=1)
+    reached: IntArray = lowest[kind]
+    carried = float(fit[kind, reached].sum())
+    eager = np.argsort(-now, kind="stable")
+    for _, k, start, end in sorted(gains):
+        if carried >= enough:
+            break
+        gain = float(fit[k, end] - fit[k, start])
+        raised = min(int(np.ceil((enough - carried) / gain)), int(count[k]))
+        members = eager[kind[eager] == k]
+        reached[members[:raised]] = end
+        carried += raised * gain
+    return reached
 
 
 class _ModelArrays:
-    """A capacity table as the chooser reads it. Axes: T, C, K = 9, L."""
+    """A capacity table as the chooser reads it. Axes: T, C, K = 9."""
 
     def __init__(self, table: CapacityTable) -> None:
         self.tps = np.asarray(table.tps)
         self.clocks = np.asarray(table.sm_clocks_mhz, dtype=np.int64)
-        self.loads = np.asarray(table.loads)
         with np.errstate(divide="ignore"):
             # a class that an instance cannot serve within its SLO at a clock: any of it fills the instance
             self.per_request = np.where(table.max_rate > 0.0, 1.0 / table.max_rate, 1e6)
-        self.power = table.power
+        self.full_w = table.power[..., -1]  # (T, C, K)
+        self.idle_w = table.power[..., 0, 0]  # (T, C)
 
     def tp_at(self, tp: IntArray) -> IntArray:
         """Positions of TPs."""
-        return np.searchsorted(self.tps, tp)
+        return np.asarray(np.searchsorted(self.tps, tp), dtype=np.int64)
 
     def clock_at(self, sm_clock_mhz: IntArray) -> IntArray:
         """Positions of clocks; one between two of the table counts as the lower."""
-        return np.clip(np.searchsorted(self.clocks, sm_clock_mhz, side="right") - 1, 0, len(self.clocks) - 1)
+        at = np.searchsorted(self.clocks, sm_clock_mhz, side="right") - 1
+        return np.asarray(np.clip(at, 0, len(self.clocks) - 1), dtype=np.int64)
 
-    def power_at(self, tp: IntArray, request_class: IntArray, load: FloatArray) -> FloatArray:
-        """(n, C) power at these loads of the class that loads it most; beyond full it stays as at full."""
-        full = np.clip(load, 0.0, 1.0)
-        upper = np.clip(np.searchsorted(self.loads, full, side="right"), 1, len(self.loads) - 1)
-        lower = upper - 1
-        part = (full - self.loads[lower]) / (self.loads[upper] - self.loads[lower])
-        steps = np.arange(load.shape[1])[None, :]
-        below = self.power[tp[:, None], steps, request_class, lower]
-        above = self.power[tp[:, None], steps, request_class, upper]
-        return np.asarray(below + part * (above - below))
+    def carried(self, tp: IntArray, rate_rps: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(k, C) share of this load one instance of each TP carries at each clock, and its power when full of it."""
+        shares = self.per_request[tp] * rate_rps  # (k, C, 9)
+        load = shares.sum(axis=2)
+        if not rate_rps.any():
+            return np.full(load.shape, 1e9), self.idle_w[tp]
+        return 1.0 / load, np.einsum("kcj,kcj->kc", shares, self.full_w[tp]) / load

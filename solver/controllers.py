@@ -314,7 +314,7 @@ class PlanningController:
             choice = self._chooser.choose(observation.demand.window_s, views)
             clock = choice.sm_clock_mhz
             for i in np.flatnonzero(clock != views.sm_clock_mhz):
-                why = "SLO is tight" if choice.raised_for_slack[i] else f"load {choice.load[i]:.2f} of capacity there"
+                why = f"pool at {choice.pool_load[views.pool[i]]:.2f} of capacity, SLO missed {choice.missed[i]:.2f}"
                 actions.append(
                     SetFrequency(
                         instance_id=views.ids[i],
@@ -324,9 +324,9 @@ class PlanningController:
                         why=why,
                     )
                 )
-            full = int(np.count_nonzero(choice.load > 1.0))
+            full = {self._pools[p].name: float(choice.pool_load[p]) for p in np.flatnonzero(choice.pool_load > 1.0)}
             if full:
-                notes.append(_note("clock", f"{full} instances are given more than they carry at any clock", {}))
+                notes.append(_note("clock", "pools given more than they carry at the clocks chosen", full))
         top = np.array([self._top_mhz[pool.model] for pool in self._pools])[views.pool]
         escalations = self._ladder.climb(now_s, views, clock >= top)
         if escalations:

@@ -25,6 +25,7 @@ class Layout:
     """Where the columns of a problem stand."""
 
     points: Block  # (J,)
+    idle: Block  # (G,) whole: time shared between idling and work would cost more than both in turn
     ready: Block  # (G,)
     parked: Block  # one for each of ``parkable``
     share: Block  # one for each finite ``work``
@@ -91,6 +92,7 @@ def _columns(builder: ProgramBuilder, problem: PlanProblem) -> Layout:
         problem.point_power_w - credit_w[problem.point_group],
         whole=problem.integral_points,
     )
+    idle = builder.columns(groups, problem.group_idle_w - credit_w, whole=True)
     # whole points make whole groups; without them the groups are what is whole
     ready = builder.columns(groups, lower=problem.room.pinned, whole=not problem.integral_points)
     parkable = np.flatnonzero(np.isfinite(shapes.parked_w[problem.group_shape]))
@@ -105,7 +107,7 @@ def _columns(builder: ProgramBuilder, problem: PlanProblem) -> Layout:
     nodes_on = builder.columns(
         len(kinds), problem.room.node_w + problem.room.free_gpu_w * kinds, upper=nodes, whole=True
     )
-    return Layout(points, ready, parked, share, unserved, nodes_on, demand, group, parkable)
+    return Layout(points, idle, ready, parked, share, unserved, nodes_on, demand, group, parkable)
 
 
 def _demand_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout) -> None:
@@ -122,6 +124,7 @@ def _capacity_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout
     at = layout.share_group
     link = builder.rows("points", groups, 0.0, 0.0)
     builder.put(link.start + problem.point_group, layout.points.index, 1.0)
+    builder.put(link.index, layout.idle.index, 1.0)
     builder.put(link.index, layout.ready.index, -1.0)
 
     load = builder.rows("load", groups, upper=0.0)
@@ -213,5 +216,5 @@ def _limit_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout) -
             builder.put(rows.start + problem.group_pool[groups], block.index, problem.group_tp[groups])
     if np.isfinite(problem.power_budget_w):
         row = builder.rows("power", 1, upper=problem.power_budget_w - _fixed_w(problem))
-        for block in (layout.points, layout.parked, layout.nodes_on):
+        for block in (layout.points, layout.idle, layout.parked, layout.nodes_on):
             builder.put(np.full(block.size, row.start), block.index, builder.cost_of(block))

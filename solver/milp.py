@@ -119,7 +119,7 @@ def read(problem: PlanProblem, formulation: Formulation, result: OptimizeResult,
 def _power_w(formulation: Formulation, x: FloatArray) -> float:
     """Power of instances and nodes, without what changes cost."""
     layout, cost = formulation.layout, formulation.program.cost
-    blocks = (layout.points, layout.parked, layout.nodes_on)
+    blocks = (layout.points, layout.idle, layout.parked, layout.nodes_on)
     return formulation.fixed_w + float(sum(cost[b.slice] @ x[b.slice] for b in blocks))
 
 

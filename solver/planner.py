@@ -27,12 +27,12 @@ PARKED = STATE_CODE[InstanceState.PARKED]
 class ChangeCosts:
     """What changing takes, as measured or configured; the defaults are the simulator's, see simulator.delays."""
 
-    start_s: float = 60.0  # an engine on a running node
+    start_s: float = 120.0  # an engine, be its node on or off
     drain_s: float = 20.0
     reshard_s: float = 60.0  # 0.1 where weights move in place over NVLink
     wake_s: float = 5.0
     parked_w_per_gpu: float = float("inf")  # inf: engines cannot sleep
-    dwell_s: float = 900.0  # how long a change is expected to last: over this time it must pay
+    dwell_s: float = 600.0  # how long a change is expected to last: over this time it must pay
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,7 @@ class Planner:
             point_group=c.point_group,
             point_capacity=c.point_capacity,
             point_power_w=c.point_power_w,
+            group_idle_w=c.group_idle_w,
             shapes=self._shapes(cluster),
             room=room,
             min_ready=np.zeros(len(c.pools)),
@@ -196,18 +197,21 @@ class Planner:
 
     def _groups(self, g: int, s: PlanSolution) -> list[PlanGroup]:
         """Instances of a group by the point each begins at: fractions are rounded towards more capacity."""
-        c = self.candidates
+        c, name = self.candidates, self.candidates.pools[self.candidates.group_pool[g]].name
         points = np.flatnonzero((c.point_group == g) & (s.points > 1e-6))
         points = points[np.argsort(-c.point_capacity[points])]
         until = np.cumsum(s.points[points])
-        starts = np.arange(int(s.ready[g])) + 1e-6
-        at = points[np.minimum(np.searchsorted(until, starts, side="right"), len(points) - 1)]
+        working = round(float(until[-1])) if len(points) else 0
+        at = points[np.minimum(np.searchsorted(until, np.arange(working) + 1e-6, side="right"), len(points) - 1)]
         kinds, counts = np.unique(at, return_counts=True)
-        name = c.pools[c.group_pool[g]].name
-        return [
+        groups = [
             PlanGroup(name, self._tp(g), int(c.point_clock_mhz[j]), float(c.point_load[j]), int(n))
             for j, n in zip(kinds, counts, strict=True)
         ]
+        idle = int(s.ready[g]) - working
+        if idle > 0:
+            groups.append(PlanGroup(name, self._tp(g), int(c.group_low_mhz[g]), 0.0, idle))
+        return groups
 
     def _tp(self, g: int) -> int:
         return int(self.candidates.shape_tp[self.candidates.group_shape[g]])

@@ -7,9 +7,13 @@ knobs).
 
 from dataclasses import dataclass, field, replace
 
-from pools.classes import RequestClass
+from pools.classes import REQUEST_CLASSES, RequestClass
 from pools.view import PoolView
 from solver.candidates import Knobs
+
+ONE_POOL = (RequestClass.LL,)
+BY_INPUT = (RequestClass.SL, RequestClass.ML, RequestClass.LL)
+"""What harms a request beside it is a long prefill; outputs of any length share an instance well. See docs/adr."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,8 @@ class Policy:
     """One way to run a cluster."""
 
     name: str
-    nine_pools: bool = True  # one pool for each class; else one for all
+    pool_classes: tuple[RequestClass, ...] = REQUEST_CLASSES
+    """The classes that have a pool of their own; the others go to pools that dominate them."""
     joint: bool = True  # one plan for the whole cluster; else the paper's hierarchy
     scale_instances: bool = True
     scale_shards: bool = True
@@ -42,8 +47,9 @@ class Policy:
 
     def pools(self, model: str) -> tuple[PoolView, ...]:
         """The pools of a model under this policy."""
-        classes = tuple(RequestClass) if self.nine_pools else (RequestClass.LL,)
-        return tuple(PoolView(k.name if self.nine_pools else "all", model, k) for k in classes)
+        if self.pool_classes == ONE_POOL:
+            return (PoolView("all", model, RequestClass.LL),)
+        return tuple(PoolView(k.name, model, k) for k in self.pool_classes)
 
 
 def policies(largest_tp: int, top_clock_mhz: int) -> dict[str, Policy]:
@@ -53,14 +59,14 @@ def policies(largest_tp: int, top_clock_mhz: int) -> dict[str, Policy]:
     shards = Knobs(sm_clocks_mhz=top, dominating=False)
     baseline = Policy("", scale_instances=False, scale_shards=False, scale_clocks=False, knobs=fixed)
     every = (
-        Policy("dynamollm"),
+        Policy("dynamollm", pool_classes=BY_INPUT),
         Policy("dynamollm-paper", joint=False),
-        replace(baseline, name="single-pool", nine_pools=False),
+        replace(baseline, name="single-pool", pool_classes=ONE_POOL),
         replace(baseline, name="multi-pool"),
         replace(baseline, name="scale-inst", joint=False, scale_instances=True),
         replace(baseline, name="scale-shard", scale_shards=True, knobs=shards),
         replace(baseline, name="scale-freq", scale_clocks=True),
-        replace(baseline, name="packing", nine_pools=False, scale_instances=True),
+        replace(baseline, name="packing", pool_classes=ONE_POOL, scale_instances=True),
     )
     return {policy.name: policy for policy in every}
 

@@ -92,6 +92,7 @@ class PlanProblem:
     point_group: IntArray  # (J,)
     point_capacity: FloatArray  # (J,)
     point_power_w: FloatArray  # (J,)
+    group_idle_w: FloatArray  # (G,) a READY instance given nothing: capacity in reserve
     shapes: Shapes
     room: NodeRoom
     min_ready: FloatArray  # (P,) instances a pool keeps at least
@@ -112,6 +113,7 @@ class PlanProblem:
             "work": (self.work, (demands, groups)),
             "group_shape": (self.group_shape, (groups,)),
             "group_peak": (self.group_peak, (groups,)),
+            "group_idle_w": (self.group_idle_w, (groups,)),
             "point_capacity": (self.point_capacity, (points,)),
             "point_power_w": (self.point_power_w, (points,)),
             "min_ready": (self.min_ready, (len(self.pool_names),)),

@@ -49,6 +49,7 @@ def random_problem(seed, nodes=(4, 2), budget=False, changes=True):
         point_group=point_group,
         point_capacity=capacity,
         point_power_w=power,
+        group_idle_w=TPS[GROUP_SHAPE] * rng.uniform(80.0, 120.0, groups),
         shapes=shapes,
         room=NodeRoom(gpus, gpus, np.zeros(groups, dtype=np.int64)),
         min_ready=np.zeros(2),
