@@ -27,6 +27,7 @@ from pools.router import Router
 from pools.view import ClusterView, EngineLimits, InstanceView, PoolView
 
 MODEL = "llama"
+FILLED_S = 20.0  # of arrivals at least: longer than most answers take
 # P99 targets of the gateway, by fleet size
 TARGET_US = {32: 10.0, 1024: 50.0}
 # Share of each class in the hour of Azure Conversation, as the paper reports it
@@ -110,6 +111,7 @@ def requests_of(scenario: Scenario, count: int, seed: int) -> list[Request]:
 
 def measure(profile: EnergyProfile, scenario: Scenario, count: int, seed: int, repeats: int) -> list[Cost]:
     """Run a scenario several times; the first fifth fills the fleet and is not counted."""
+    count = max(count, int(FILLED_S * scenario.rate_rps_per_instance * scenario.instances))
     runs = [run(profile, scenario, count, seed) for _ in range(repeats)]
     costs = []
     for call in runs[0]:
@@ -163,7 +165,7 @@ def run(profile: EnergyProfile, scenario: Scenario, count: int, seed: int) -> di
 
 
 @click.command()
-@click.option("--requests", default=20_000, show_default=True, help="Requests of each scenario.")
+@click.option("--requests", default=20_000, show_default=True, help="Requests of each scenario, at least.")
 @click.option("--repeats", default=5, show_default=True, help="Runs of each scenario.")
 @click.option("--profile", "profile_name", default="llama-3.1-70b-fp8-h100", show_default=True)
 @click.option("--seed", default=0, show_default=True)

@@ -5,7 +5,7 @@ is O(log n). Full: the least important gives way to a more important one, shedda
 a share. Nothing here knows instances: see pools/router.py.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -22,6 +22,7 @@ class QueueLimits:
     max_depth: int = 1024
     ttl_s: float = 30.0  # a request that found no place by then is given up
     sheddable_share: float = 0.5  # of the depth, that requests of priority < 0 may take
+    tenant_share: float = 1.0  # of the depth, that one tenant may take
 
 
 @dataclass(slots=True, eq=False)
@@ -45,11 +46,16 @@ class RequestQueue:
         self.limits = limits
         self.depth = 0
         self._sheddable = 0
+        self._tenants: Counter[str] = Counter()
         self._count = 0
         self._waiting: dict[str, Waiting] = {}
         self._lanes: dict[Lane, list[Ranked]] = {}
         self._least: list[Ranked] = []
         self._by_age: deque[Waiting] = deque()
+
+    def has_share(self, tenant: str) -> bool:
+        """Whether one more of this tenant may wait."""
+        return self._tenants[tenant] < self.limits.tenant_share * self.limits.max_depth
 
     def admits(self, priority: int) -> bool:
         """Whether one more of this priority fits without another giving way."""
@@ -70,6 +76,7 @@ class RequestQueue:
         self._waiting[request.id] = waiting
         self.depth += 1
         self._sheddable += request.priority < 0
+        self._tenants[request.tenant] += 1
 
     def shed_below(self, priority: int) -> Request | None:
         """Take out the least important (the least urgent of those) if it is less important than ``priority``."""
@@ -108,6 +115,10 @@ class RequestQueue:
         del self._waiting[waiting.request.id]
         self.depth -= 1
         self._sheddable -= waiting.request.priority < 0
+        tenant = waiting.request.tenant
+        self._tenants[tenant] -= 1
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
         if len(self._least) > 2 * self.depth + 64:  # mostly taken ones: drop them, at O(1) a removal
             self._least = [ranked for ranked in self._least if not ranked[3].gone]
             heapify(self._least)

@@ -151,8 +151,8 @@ class Router:
         if not any(self.fleet.without(window, exclude) for pool in path.all for window in pool.windows):
             return Rejected(RejectReason.NO_ENDPOINTS, contended=False, retry_after_s=self.retry_after_s)
         queue = self.queue
-        if not queue.admits(request.priority):
-            shed = queue.shed_below(request.priority)
+        if not queue.admits(request.priority) or not queue.has_share(request.tenant):
+            shed = queue.shed_below(request.priority) if queue.has_share(request.tenant) else None
             if shed is None:
                 return self._refusal(RejectReason.SATURATED)
             self._refuse(shed, RejectReason.EVICTED_QUEUE_PRESSURE)

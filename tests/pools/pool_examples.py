@@ -68,6 +68,7 @@ def request(
     slo=None,
     priority=0,
     model=MODEL,
+    tenant="default-flow",
 ):
     slo = slo or Slo(0.4, 0.1)
-    return Request(str(request_id), model, arrival_s, input_tokens, output_tokens, request_class, slo, priority)
+    return Request(str(request_id), model, arrival_s, input_tokens, output_tokens, request_class, slo, priority, tenant)

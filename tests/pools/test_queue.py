@@ -65,6 +65,17 @@ def test_sheddable_requests_fill_only_their_share():
     assert queue.admits(-1)
 
 
+def test_one_tenant_fills_only_its_share():
+    queue = RequestQueue(QueueLimits(max_depth=4, tenant_share=0.5))
+    for n in range(2):
+        assert queue.has_share("greedy")
+        queue.push(request(n, tenant="greedy"), 0.0, NOBODY)
+    assert not queue.has_share("greedy")
+    assert queue.has_share("modest")
+    queue.cancel("1")
+    assert queue.has_share("greedy")
+
+
 def test_gives_up_what_has_waited_its_time():
     queue = RequestQueue(QueueLimits(ttl_s=10.0))
     for n in range(3):

@@ -222,6 +222,16 @@ def test_a_full_queue_refuses_or_sheds_the_less_important():
     assert router.queue.depth == 2
 
 
+def test_a_tenant_over_its_share_waits_no_more_and_displaces_nobody():
+    router = full_router(queue=QueueLimits(max_depth=4, tenant_share=0.5))
+    router.route(request("other", priority=-1), 0.0)
+    for n in range(2):
+        assert isinstance(router.route(request(f"g{n}", tenant="greedy"), 0.0), Queued)
+    assert router.route(request("g2", tenant="greedy", priority=5), 0.0).reason is RejectReason.SATURATED
+    assert isinstance(router.route(request("modest"), 0.0), Queued)
+    assert router.queue.depth == 4
+
+
 def test_retry_after_follows_the_pace_and_stays_in_bounds():
     router = router_of(cluster({MM: 1}, max_seqs=200), queue=QueueLimits(max_depth=40))
     assert router.retry_after_s == 1.0
