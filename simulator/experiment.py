@@ -13,6 +13,7 @@ from energy.capacity import CapacityTable
 from energy.profile import EnergyProfile, GpuState
 from pools.classes import REQUEST_CLASSES, ClassSlos
 from simulator.delays import Delays
+from simulator.prediction import LengthPrediction
 from simulator.setup import PoolSetup, SimulationSetup
 from simulator.workload.arrivals import Workload
 from solver.control import (
@@ -33,7 +34,7 @@ PEAK_WINDOW_S = 300.0  # static policies provide for the busiest five minutes of
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class Scenario:
     """What all policies share."""
 
     profile: EnergyProfile
@@ -41,13 +42,14 @@ class World:
     nodes: int
     delays: Delays = field(default_factory=Delays)
     slos: ClassSlos = field(default_factory=ClassSlos)
+    prediction: LengthPrediction = field(default_factory=LengthPrediction)
     parking: bool = False  # whether engines can sleep
     sample_s: float = 60.0
 
 
-def prepare(world: World, policy_name: str, workload: Workload) -> tuple[SimulationSetup, Controller]:
+def prepare(scenario: Scenario, policy_name: str, workload: Workload) -> tuple[SimulationSetup, Controller]:
     """The world and the controller for one run. Raises ``ValueError`` for a policy that does not exist."""
-    profile = world.profile
+    profile = scenario.profile
     known = policies(profile.tensor_parallel[-1], profile.sm_clocks_mhz[-1])
     if policy_name not in known:
         raise ValueError(f"no policy {policy_name!r}; there are {', '.join(known)}")
@@ -55,30 +57,31 @@ def prepare(world: World, policy_name: str, workload: Workload) -> tuple[Simulat
     pools = policy.pools(profile.model)
     setup = SimulationSetup(
         profile=profile,
-        nodes=world.nodes,
+        nodes=scenario.nodes,
         pools=tuple(PoolSetup(pool.name, pool.request_class) for pool in pools),
-        delays=world.delays,
-        slos=world.slos,
-        sample_s=world.sample_s,
+        delays=scenario.delays,
+        slos=scenario.slos,
+        prediction=scenario.prediction,
+        sample_s=scenario.sample_s,
     )
     if policy.name == "single-pool":
         return setup, WholeCluster(setup, policy)
     provision = provision_for(workload, setup) if policy.static else None
     controller = PlanningController(
         policy,
-        {profile.model: world.capacity},
+        {profile.model: scenario.capacity},
         pools,
-        settings=control_settings(world),
+        settings=control_settings(scenario),
         provision=provision,
     )
     return setup, controller
 
 
-def control_settings(world: World) -> ControlSettings:
+def control_settings(scenario: Scenario) -> ControlSettings:
     """The same costs of change that the pretend world charges."""
-    delays, profile = world.delays, world.profile
+    delays, profile = scenario.delays, scenario.profile
     least_mhz = profile.sm_clocks_mhz[0]
-    parked_w = profile.idle_power_w(GpuState.PARKED, least_mhz) if world.parking else float("inf")
+    parked_w = profile.idle_power_w(GpuState.PARKED, least_mhz) if scenario.parking else float("inf")
     return ControlSettings(
         changes=ChangeCosts(
             start_s=delays.start_s,
