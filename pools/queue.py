@@ -22,7 +22,7 @@ class QueueLimits:
     max_depth: int = 1024
     ttl_s: float = 30.0  # a request that found no place by then is given up
     sheddable_share: float = 0.5  # of the depth, that requests of priority < 0 may take
-    tenant_share: float = 1.0  # of the depth, that one tenant may take
+    tenant_share: float = float("inf")  # of the depth, that one tenant may take; by default no bound
 
 
 @dataclass(slots=True, eq=False)
