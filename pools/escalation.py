@@ -19,6 +19,7 @@ class EscalationLimits:
     """How far escalation goes."""
 
     resteers: int = 1  # times one request may be taken to another instance
+    searches: int = 16  # looked for another instance in one call: it runs beside traffic
     squash_late_s: float = float("inf")  # past its deadline by this, a request is given up; never, unless configured
 
 

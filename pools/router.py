@@ -242,24 +242,39 @@ class Router:
         ``squash_late_s`` is given up, sent or waiting. Call it now and then: it looks at all requests in flight.
         """
         limits = self.limits.escalation
-        done = [
-            Escalated(w.request, None, self._refusal(RejectReason.TTL_EXPIRED))
-            for w in self.queue.drop(lambda w: now_s > w.request.deadline_s + limits.squash_late_s)
-        ]
+        done = self._squash_waiting(now_s) if limits.squash_late_s < float("inf") else []
+        searches = limits.searches
         for flight in late(self.fleet.flights.values(), now_s):
             request = flight.request
             if now_s > request.deadline_s + limits.squash_late_s:
                 self._left(request.id, now_s)
                 done.append(Escalated(request, flight.instance_id, self._refusal(RejectReason.TTL_EXPIRED)))
-            elif flight.resteers < limits.resteers and request.model in self._paths:
-                path = self._paths[request.model][request.request_class]
-                i = self._find_on_time(path, request, now_s, frozenset((flight.instance_id,)))
-                if i != scoring.NONE:
-                    self._left(request.id, now_s)
-                    assigned = self.fleet.sent(i, request, now_s)
-                    self.fleet.flights[request.id].resteers = flight.resteers + 1
+            elif now_s < request.deadline_s and flight.resteers < limits.resteers and searches > 0:
+                searches -= 1
+                assigned = self._resteer(flight, now_s)
+                if assigned is not None:
                     done.append(Escalated(request, flight.instance_id, assigned))
         return done
+
+    def _resteer(self, flight: Flight, now_s: float) -> Assigned | None:
+        """Take a request to another instance that can keep its deadline, if there is one."""
+        request = flight.request
+        paths = self._paths.get(request.model)
+        if paths is None:
+            return None
+        path = paths[request.request_class]
+        i = self._find_on_time(path, request, now_s, frozenset((flight.instance_id,)))
+        if i == scoring.NONE:
+            return None
+        self._left(request.id, now_s)
+        assigned = self.fleet.sent(i, request, now_s)
+        self.fleet.flights[request.id].resteers = flight.resteers + 1
+        return assigned
+
+    def _squash_waiting(self, now_s: float) -> list[Escalated]:
+        limit_s = now_s - self.limits.escalation.squash_late_s
+        squashed = self.queue.drop(lambda w: w.request.deadline_s < limit_s)
+        return [Escalated(w.request, None, self._refusal(RejectReason.TTL_EXPIRED)) for w in squashed]
 
     # What is told -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from pools.classes import RequestClass, Slo
 from pools.escalation import EscalationLimits
 from pools.request import Assigned, Queued, RejectReason
 from pools.router import Router, RouterLimits
-from pools.view import EngineLoad
+from pools.view import ClusterView, EngineLoad
 
 MM, LL = RequestClass.MM, RequestClass.LL
 
@@ -97,3 +97,19 @@ def test_in_flight_counts_our_own(foreign):
         router.observe("MM-0", EngineLoad(1 + foreign, 0, 0.1), 0.0)
     assert router.in_flight("MM-0") == 1
     assert router.in_flight("gone") == 0
+
+
+def test_a_call_looks_only_so_often():
+    router = router_of({MM: 2}, EscalationLimits(searches=3), max_seqs=8)
+    for n in range(8):
+        router.route(request(n, slo=Slo(1.0, 0.1), input_tokens=10), 0.0)
+    assert len(router.escalate(0.6)) == 3
+    assert len(router.escalate(0.6)) == 3
+    assert len(router.escalate(0.6)) == 2
+
+
+def test_a_model_that_has_gone_is_left_to_the_connection():
+    router = router_of({MM: 2})
+    router.route(request("a", slo=Slo(1.0, 0.1)), 0.0)
+    router.update(ClusterView(3, 0.5, (), ()), 0.5)
+    assert router.escalate(0.6) == []
