@@ -25,26 +25,23 @@ class Serving:
     instance_id: str
     begin_s: float
     input_tokens: int
-    streamed: bool = True
     first_token_s: float | None = None
     end_s: float | None = None
     prefill_j: float = 0.0  # settled so far
     decode_j: float = 0.0
-    seqs_before: float = 0.0  # decoding sequences x seconds on its instance when its first token came
+    seqs_before: float = 0.0  # requests x seconds on its instance when it began
 
-    def spans(self, c: StepCoefficients) -> tuple[Span, Span] | None:
-        """When its prompt was worked on, and when it decoded (endless while it runs); None before the first token.
+    def spans(self, c: StepCoefficients) -> tuple[Span, Span]:
+        """When its prompt was worked on, and when it decoded (endless while it runs).
 
-        The first token of an answer that is not streamed is nowhere to be seen: its prompt is taken to be worked on as
-        soon as it is sent.
+        One whose first token was not seen is taken to have been worked on as soon as it was sent: an answer that is
+        not streamed shows none, and who asks this late (``SETTLE_S``) has seen those of the others.
         """
         alone_s = prefill_s(c, self.input_tokens)
         end_s = float("inf") if self.end_s is None else self.end_s
-        if not self.streamed:
+        if self.first_token_s is None:
             first_s = min(self.begin_s + alone_s, end_s)
             return (self.begin_s, first_s), (first_s, end_s)
-        if self.first_token_s is None:
-            return None
         return (max(self.begin_s, self.first_token_s - alone_s), self.first_token_s), (self.first_token_s, end_s)
 
 
@@ -87,7 +84,7 @@ def _works(
 ) -> tuple[list[tuple[Serving, float, float]], list[Span]]:
     """Expected joules of each request in the interval, prefill and decode, and the stretches of time they took."""
     gpus, here = interval.instance.gpus, (interval.begin_s, interval.end_s)
-    known = [(s, spans) for s in servings if (spans := s.spans(c)) is not None]
+    known = [(s, s.spans(c)) for s in servings]
     decoded = [_overlap(decode, here) for _, (_, decode) in known]
     worked = [_overlap(prefill, here) for _, (prefill, _) in known]
     stalls = _merged(worked)

@@ -35,15 +35,15 @@ class _Account:
     coefficients: StepCoefficients | None = None
     gpus: int = 1
     scale: float = 1.0  # metered over expected energy, of the last interval with work
-    decoding: int = 0  # sequences that have a first token and no end
-    seqs: float = 0.0  # decoding sequences x seconds, up to ``seqs_s``
+    running: int = 0  # requests sent and not ended
+    seqs: float = 0.0  # running requests x seconds, up to ``seqs_s``
     seqs_s: float = 0.0
 
     def count(self, change: int, now_s: float) -> float:
-        """Sequences began or stopped decoding; returns sequences x seconds so far."""
-        self.seqs += self.decoding * (now_s - self.seqs_s)
+        """Requests began or ended; returns requests x seconds so far."""
+        self.seqs += self.running * (now_s - self.seqs_s)
         self.seqs_s = now_s
-        self.decoding += change
+        self.running += change
         return self.seqs
 
 
@@ -75,30 +75,25 @@ class EnergyLedger:
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def began(
-        self, request_id: str, user: User, instance_id: str, input_tokens: int, now_s: float, streamed: bool = True
-    ) -> None:
+    def began(self, request_id: str, user: User, instance_id: str, input_tokens: int, now_s: float) -> None:
         """A request was sent to an instance. One sent a second time leaves the instance it was on."""
         if (before := self._servings.get(request_id)) is not None:
             self._close(before, now_s)
-        serving = Serving(request_id, self._bounded(user), instance_id, now_s, input_tokens, streamed)
-        self._servings[request_id] = serving
         account = self._accounts.setdefault(instance_id, _Account())
+        serving = Serving(request_id, self._bounded(user), instance_id, now_s, input_tokens)
+        serving.seqs_before = account.count(1, now_s)
         account.servings.append(serving)
-        if not streamed:
-            serving.seqs_before = account.count(1, now_s)
+        self._servings[request_id] = serving
 
     def first_token(self, request_id: str, now_s: float) -> None:
-        """Its first token came."""
+        """Its first token came; never told of an answer that is not streamed."""
         serving = self._servings.get(request_id)
-        if serving is not None and serving.streamed and serving.first_token_s is None:
+        if serving is not None and serving.first_token_s is None:
             serving.first_token_s = now_s
-            serving.seqs_before = self._accounts[serving.instance_id].count(1, now_s)
 
     def _close(self, serving: Serving, now_s: float) -> None:
         serving.end_s = now_s
-        if serving.first_token_s is not None or not serving.streamed:
-            self._accounts[serving.instance_id].count(-1, now_s)
+        self._accounts[serving.instance_id].count(-1, now_s)
 
     def ended(
         self, request_id: str, now_s: float, input_tokens: int | None = None, output_tokens: int | None = None
@@ -115,31 +110,31 @@ class EnergyLedger:
         row.output_tokens += output_tokens or 0
         return self._energy_j(serving, now_s, output_tokens)
 
-    def energy_j(self, request_id: str, now_s: float) -> float | None:
+    def energy_j(self, request_id: str, now_s: float, output_tokens: int | None = None) -> float | None:
         """Energy of a request in flight, up to now: what is settled, and an estimate of what is not.
 
-        None for one that is not in flight, or whose instance was never metered.
+        ``output_tokens`` so far, where known. None for one that is not in flight, or whose instance was never metered.
         """
         serving = self._servings.get(request_id)
-        return None if serving is None else self._energy_j(serving, now_s, None)
+        return None if serving is None else self._energy_j(serving, now_s, output_tokens)
 
     def _energy_j(self, serving: Serving, now_s: float, output_tokens: int | None) -> float | None:
         account = self._accounts[serving.instance_id]
         c, gpus, settled_s = account.coefficients, account.gpus, account.settled_s
         if c is None:
             return None
-        spans = serving.spans(c)
+        (worked_s, first_s), _ = serving.spans(c)
+        first_s = min(first_s, now_s)
+        life_s = now_s - serving.begin_s
+        batch = max(1.0, (account.count(0, now_s) - serving.seqs_before) / life_s) if life_s > 0.0 else 1.0
         open_j = 0.0
-        if spans is not None:
-            (worked_s, first_s), _ = spans
+        if first_s > (from_s := max(worked_s, settled_s)):
+            open_j = (first_s - from_s) / (first_s - worked_s) * prefill_j(c, gpus, serving.input_tokens, batch)
+        if now_s > (from_s := max(first_s, settled_s)):
             decoded_s = now_s - first_s
-            batch = max(1.0, (account.count(0, now_s) - serving.seqs_before) / decoded_s) if decoded_s > 0.0 else 1.0
-            if first_s > (from_s := max(worked_s, settled_s)):
-                open_j = (first_s - from_s) / (first_s - worked_s) * prefill_j(c, gpus, serving.input_tokens, batch)
-            if now_s > (from_s := max(first_s, settled_s)):
-                tokens = float(output_tokens or decoded_s / token_s(c, batch, serving.input_tokens))
-                open_tokens = tokens * (now_s - from_s) / decoded_s
-                open_j += open_tokens * token_j(c, gpus, batch, serving.input_tokens + 0.5 * tokens)
+            tokens = float(output_tokens or decoded_s / token_s(c, batch, serving.input_tokens))
+            open_tokens = tokens * (now_s - from_s) / decoded_s
+            open_j += open_tokens * token_j(c, gpus, batch, serving.input_tokens + 0.5 * tokens)
         return serving.prefill_j + serving.decode_j + open_j * account.scale
 
     def _bounded(self, user: User) -> User:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from energy.accounting import Interval, MeteredInstance, Prices, Use, User
 from energy.accounting_ledger import MINUTE_S, SETTLE_S, EnergyLedger
+from energy.accounting_work import prefill_s
 from energy.adapters.catalogue import load_profile
 from energy.carbon import StaticIntensity
 
@@ -47,12 +48,12 @@ def account(ledger, jobs, meter, period_s=1.0, streamed=True):
     said_j, before_s = {}, 0.0
     for at_s, kind, job in sorted(events, key=lambda event: event[:2]):
         if kind == 0:
-            ledger.began(job.id, user_of(job), "i-1", job.input_tokens, at_s, streamed)
-        elif kind == 1:
+            ledger.began(job.id, user_of(job), "i-1", job.input_tokens, at_s)
+        elif kind == 1 and streamed:
             ledger.first_token(job.id, at_s)
         elif kind == 2:
             said_j[job.id] = ledger.ended(job.id, at_s, job.input_tokens, job.output_tokens)
-        else:
+        elif kind == 3:
             ledger.metered(Interval(INSTANCE, before_s, at_s, meter.read_j(at_s) - meter.read_j(before_s)))
             ledger.settle(at_s)
             before_s = at_s
@@ -144,7 +145,7 @@ def test_a_request_in_flight_knows_what_it_took_and_an_unmetered_one_does_not():
     ledger.began("r", User("llama", "LL", "LL", "t"), "i-1", 600, 0.0)
     assert ledger.energy_j("r", 1.0) is None
     ledger.metered(Interval(INSTANCE, -5.0, 0.0, 2434.0))
-    assert ledger.energy_j("r", 1.0) == 0.0
+    assert ledger.energy_j("r", 0.0) == 0.0
     ledger.first_token("r", 1.0)
     at_first_j = ledger.energy_j("r", 1.0)
     later_j = ledger.energy_j("r", 2.0)
@@ -166,8 +167,9 @@ def test_a_second_attempt_leaves_the_first_instance():
     ledger.ended("r", 8.0, 600, 100)
     ledger.settle(20.0)
     assert total(ledger, "requests") == 1
-    served_j = total(ledger, "prefill_j") + total(ledger, "decode_j")
-    assert 5000.0 < served_j < 10_000.0, "all of it on the second instance"
+    idle_s = (10.0 - 1.0) + (10.0 - (8.0 - 2.0) - prefill_s(C, 600))
+    assert total(ledger, "idle_j") == pytest.approx(idle_s * C.idle_w * TP)
+    assert total(ledger, "energy_j") == pytest.approx(20_000.0)
 
 
 def test_it_is_bounded():
