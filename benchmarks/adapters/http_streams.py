@@ -27,6 +27,7 @@ class Target:
     """Where requests go."""
 
     url: str
+    authority: str  # as the host header says it
     host: str
     port: int
     tls: bool
@@ -42,13 +43,14 @@ class Target:
         tls = parts.scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1")
         port = parts.port or (443 if tls else 80)
-        return Target(f"{parts.scheme}://{parts.netloc}{path}", parts.hostname, port, tls, path, api_key)
+        authority = parts.netloc.rpartition("@")[2]
+        return Target(f"{parts.scheme}://{authority}{path}", authority, parts.hostname, port, tls, path, api_key)
 
     def message(self, path: str, body: bytes) -> bytes:
         """A whole POST message."""
         key = f"authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
         head = (
-            f"POST {self.path}{path} HTTP/1.1\r\nhost: {self.host}:{self.port}\r\n{key}"
+            f"POST {self.path}{path} HTTP/1.1\r\nhost: {self.authority}\r\n{key}"
             f"content-type: application/json\r\naccept: text/event-stream\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         return head.encode("latin-1") + body
@@ -65,6 +67,7 @@ class _Connection(asyncio.Protocol):
         self.used = False
         self.idle_since_s = 0.0
         self.reusable = False
+        self._lost = False
         self._ended: asyncio.Future[None] | None = None
         self._begin()
 
@@ -82,6 +85,8 @@ class _Connection(asyncio.Protocol):
         """Write the message; return when the answer is whole or the connection is lost."""
         assert self.transport is not None
         self._begin()
+        if self._lost:  # closed between being opened and being used
+            return
         self._ended = asyncio.get_running_loop().create_future()
         self.transport.write(message)
         await self._ended
@@ -110,6 +115,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.reusable = False
+        self._lost = True
         self._finish()
 
     def _finish(self) -> None:
@@ -213,7 +219,7 @@ class HttpStreams:
             self._idle.pop().close()
 
     def _outcome(self, connection: _Connection, sent_s: float, end_s: float, failure: str | None) -> Outcome:
-        if failure is None and connection.reusable:
+        if connection.complete and connection.reusable:
             connection.idle_since_s = end_s
             self._idle.append(connection)
         else:
