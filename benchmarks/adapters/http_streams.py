@@ -10,16 +10,12 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 from urllib.parse import urlsplit
 
-import httptools
-
+from benchmarks.adapters.http_connection import Connection
 from benchmarks.replay import Clock, Outcome, ReplayRequest
-from benchmarks.replay_stream import StreamReader, status_reason
 
 _IDLE_LIMIT_S = 2.0  # servers close idle connections after 5 s and more
-_ERROR_BODY_BYTES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,120 +52,6 @@ class Target:
         return head.encode("latin-1") + body
 
 
-class _Connection(asyncio.Protocol):
-    """One connection; carries one exchange at a time."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._parser = httptools.HttpResponseParser(self)
-        self._now_s = 0.0
-        self.transport: asyncio.Transport | None = None
-        self.used = False
-        self.idle_since_s = 0.0
-        self.reusable = False
-        self._lost = False
-        self._ended: asyncio.Future[None] | None = None
-        self._begin()
-
-    def _begin(self) -> None:
-        self.reader = StreamReader()
-        self.status = 0
-        self.any_byte = False
-        self.complete = False
-        self.dropped_reason: str | None = None
-        self.energy_mj: float | None = None
-        self.error_body = b""
-        self.broken: str | None = None
-
-    async def exchange(self, message: bytes) -> None:
-        """Write the message; return when the answer is whole or the connection is lost."""
-        assert self.transport is not None
-        self._begin()
-        if self._lost:  # closed between being opened and being used
-            return
-        self._ended = asyncio.get_running_loop().create_future()
-        self.transport.write(message)
-        await self._ended
-
-    def close(self) -> None:
-        """Drop the connection and what is on it."""
-        self.reusable = False
-        if self.transport is not None:
-            self.transport.abort()
-
-    # asyncio.Protocol
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.reusable = True
-
-    def data_received(self, data: bytes) -> None:
-        self.any_byte = True
-        self._now_s = self._clock.now_s()
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self.broken = f"not HTTP: {error}"
-            self.close()
-            self._finish()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.reusable = False
-        self._lost = True
-        self._finish()
-
-    def _finish(self) -> None:
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_result(None)
-
-    # httptools
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        lowered = name.lower()
-        if lowered == b"x-dynamollm-energy-mj":
-            try:
-                self.energy_mj = float(value)
-            except ValueError:
-                self.energy_mj = None
-        elif lowered == b"x-llm-d-request-dropped-reason":
-            self.dropped_reason = value.decode("latin-1")
-
-    def on_headers_complete(self) -> None:
-        self.status = self._parser.get_status_code()
-
-    def on_body(self, body: bytes) -> None:
-        if self.status == 200:
-            self.reader.feed(body, self._now_s)
-        elif len(self.error_body) < _ERROR_BODY_BYTES:
-            self.error_body += body
-
-    def on_message_complete(self) -> None:
-        if self.status < 200:  # interim answers
-            return
-        self.complete = True
-        self.used = True
-        self.reusable = self.reusable and self._parser.should_keep_alive()
-        self._finish()
-
-    # what became of it
-
-    def failure(self) -> str | None:
-        """Why the exchange did not end well; None if it did."""
-        if self.broken is not None:
-            return self.broken
-        if self.status and self.status != 200:
-            return status_reason(self.status, self.error_body, self.dropped_reason)
-        if self.reader.failure is not None:
-            return self.reader.failure
-        if not self.any_byte:
-            return "connection closed without an answer"
-        if not self.complete:
-            return "connection closed in the middle of the answer"
-        if not self.reader.done:
-            return "the stream ended without [DONE]"
-        return None
-
-
 class HttpStreams:
     """An ``Endpoint`` over real sockets; ``body`` renders the JSON of a request."""
 
@@ -181,14 +63,14 @@ class HttpStreams:
         self._body = body
         self._clock = clock
         self._timeout_s = timeout_s
-        self._idle: deque[_Connection] = deque()
+        self._idle: deque[Connection] = deque()
         self._tls = ssl.create_default_context() if target.tls else None
 
     async def complete(self, request: ReplayRequest) -> Outcome:
         """Send the request, read the whole stream."""
         message = self._target.message(self._path, self._body(request))
         sent_s = self._clock.now_s()
-        connection: _Connection | None = None
+        connection: Connection | None = None
         failure: str | None
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -218,7 +100,7 @@ class HttpStreams:
         while self._idle:
             self._idle.pop().close()
 
-    def _outcome(self, connection: _Connection, sent_s: float, end_s: float, failure: str | None) -> Outcome:
+    def _outcome(self, connection: Connection, sent_s: float, end_s: float, failure: str | None) -> Outcome:
         if connection.complete and connection.reusable:
             connection.idle_since_s = end_s
             self._idle.append(connection)
@@ -237,7 +119,7 @@ class HttpStreams:
             None if energy_mj is None else energy_mj / 1000,
         )
 
-    async def _connection(self) -> _Connection:
+    async def _connection(self) -> Connection:
         """The connection used last, if it is still good; else a fresh one."""
         while self._idle:
             connection = self._idle.pop()
@@ -246,9 +128,9 @@ class HttpStreams:
             connection.close()
         return await self._fresh()
 
-    async def _fresh(self) -> _Connection:
+    async def _fresh(self) -> Connection:
         _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: _Connection(self._clock),
+            lambda: Connection(self._clock),
             self._target.host,
             self._target.port,
             ssl=self._tls,

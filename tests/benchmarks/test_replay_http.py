@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from scripted_server import Call, ScriptedServer, good
 
 from benchmarks.adapters.clock import MonotonicClock
+from benchmarks.adapters.http_connection import Connection
 from benchmarks.adapters.http_streams import HttpStreams, Target
 from benchmarks.adapters.replay_run import ReplayOrder, run_replay
 from benchmarks.adapters.target_facts import TargetError, first_model, gpu_energy_j, probe_tokens
@@ -75,6 +76,17 @@ async def dies_idle(call: Call) -> None:
         call.hang_up()
     else:
         await good(call)
+
+
+def test_a_connection_lost_before_its_first_use_does_not_hang():
+    async def main():
+        connection = Connection(MonotonicClock())
+        connection.connection_made(asyncio.Transport())
+        connection.connection_lost(None)
+        await asyncio.wait_for(connection.exchange(b"POST"), 1)
+        return connection.failure()
+
+    assert asyncio.run(main()) == "connection closed without an answer"
 
 
 @pytest.mark.parametrize("script", [close_after_answer, dies_idle])
