@@ -89,6 +89,7 @@ class Admission:
         self._keys = tuple(key.encode() for key in services.settings.api_keys)
         engine_key = services.settings.engine_api_key
         self._engine_key = b"authorization: Bearer %b\r\n" % engine_key.encode() if engine_key else b""
+        self._slos = [services.settings.slos.slo(each) for each in REQUEST_CLASSES]
         self._ids = 0
 
     def next_id(self) -> str:
@@ -174,7 +175,10 @@ class Admission:
         services, slos = self._services, self._settings.slos
         output_tokens = services.lengths.output_tokens(fields, model, input_tokens)
         request_class = slos.cuts.classify(input_tokens, output_tokens)
-        slo = slos.slo(request_class, input_tokens)
+        if input_tokens <= slos.cuts.longest_input_tokens:
+            slo = self._slos[request_class]
+        else:
+            slo = slos.slo(request_class, input_tokens)
         if terms.ttft_s is not None or terms.tbt_s is not None:
             slo = Slo(terms.ttft_s or slo.ttft_s, terms.tbt_s or slo.tbt_s)
         return Request(

@@ -21,6 +21,7 @@ COMPLETION_PATH = b"/v1/completions"
 _ABSENT = Raw(b"")
 _NULL = Raw(b"null")
 _Number = int | float | str | None
+_BRACKET = ord("[")
 _PATH = re.compile(r" - at `\$(.*)`$")
 _BOOLEANS = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 
@@ -108,7 +109,7 @@ def read_chat(body: bytes) -> RequestFields:
     text_bytes = 0
     for message in fields.messages:
         content = message.content
-        if len(content) and bytes(memoryview(content)[:1]) == b"[":
+        if len(content) and memoryview(content)[0] == _BRACKET:
             text_bytes += _parts_bytes(content)
         else:
             text_bytes += len(content)
@@ -120,7 +121,7 @@ def read_completion(body: bytes) -> RequestFields:
     """The fields of a text completion request. Raises ``ApiError`` 400."""
     fields = _decoded(_completion, body)
     prompt = fields.prompt
-    if bytes(memoryview(prompt)[:1]) != b"[":
+    if not len(prompt) or memoryview(prompt)[0] != _BRACKET:
         return _fields(fields, PromptSize(len(prompt)), None)
     items: list[Any] = _decoded(_prompts, prompt)
     if items and isinstance(items[0], int):
@@ -174,24 +175,24 @@ def _decoded(decoder: msgspec.json.Decoder[Any], body: bytes | Raw) -> Any:
 
 
 def _fields(body: Any, size: PromptSize, input_tokens: int | None) -> RequestFields:
-    cap = body.max_completion_tokens
-    cap_name = "max_completion_tokens"
-    if cap is None:
-        cap, cap_name = body.max_tokens, "max_tokens"
     options = body.stream_options
+    if body.max_completion_tokens is not None:
+        cap_tokens = _integer(body.max_completion_tokens, "max_completion_tokens")
+    else:
+        cap_tokens = _integer(body.max_tokens, "max_tokens")
     return RequestFields(
         body.model,
         body.stream if body.stream.__class__ is bool else _boolean(body.stream),
         options is not None and options.include_usage is True,
         size,
         input_tokens,
-        _integer(cap, cap_name),
+        cap_tokens,
         _hint(body.nvext) if len(body.nvext) else None,
-        max(1, _integer(body.n, "n") or 1),
+        1 if body.n is None else max(1, _integer(body.n, "n") or 1),
         len(body.tools) > 2,
         len(body.response_format) > 2,
         len(body.chat_template_kwargs) > 2 or len(body.reasoning_effort) > 2,
-        _integer(body.priority, "priority"),
+        None if body.priority is None else _integer(body.priority, "priority"),
         body.service_tier,
     )
 

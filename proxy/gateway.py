@@ -10,6 +10,7 @@ from proxy import errors, wire
 from proxy.admission import Admission, Admitted, Undecided
 from proxy.errors import ApiError
 from proxy.heads import ClientHead, Headers
+from proxy.outcome import Outcome
 from proxy.protocol import Exchange, GatewayProtocol
 from proxy.relay import Link, Relay, State
 from proxy.services import GatewayServices
@@ -28,6 +29,7 @@ class Gateway:
         self._pool = ConnectionPool(services.settings, services.clock)
         self._relays: dict[str, Relay] = {}  # all that are not done
         self._waiting = 0
+        self._to_learn: list[Outcome] = []
         self._connections: set[GatewayProtocol] = set()
         self._settling = False
         self._timer: asyncio.TimerHandle | None = None
@@ -132,6 +134,11 @@ class Gateway:
         """A queued request is not queued any more."""
         self._waiting -= 1
 
+    def learn(self, outcome: Outcome) -> None:
+        """Keep an outcome for the next tick, where there is room."""
+        if len(self._to_learn) < self.services.settings.learned_per_tick:
+            self._to_learn.append(outcome)
+
     def settle(self, request_id: str) -> None:
         """A request is done: others may go."""
         del self._relays[request_id]
@@ -170,6 +177,10 @@ class Gateway:
         if self._waiting:
             self._release(now_s)
         self._pool.expire(now_s)
+        outcomes, self._to_learn = self._to_learn, []
+        for learn in self.services.learners:
+            for outcome in outcomes:
+                learn(outcome)
         metrics = self.services.metrics
         metrics.set_gauge("dynamollm_client_connections", "Open client connections", len(self._connections))
         metrics.set_gauge("dynamollm_upstream_connections", "Open instance connections", self._pool.open_connections)

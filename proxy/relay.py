@@ -109,6 +109,9 @@ class Network(Protocol):
     def waited(self) -> None:
         """A queued request is not queued any more."""
 
+    def learn(self, outcome: Outcome) -> None:
+        """Show predictors how a request ended, in time."""
+
     def settle(self, request_id: str) -> None:
         """A request is done: let others go that may now."""
 
@@ -451,6 +454,7 @@ class Relay:
         self._services.metrics.count(outcome, self._answer_head.stream)
         for observe in self._services.observers:
             observe(outcome)
+        self._network.learn(outcome)
 
     def _count_gaps(self) -> None:
         """Gaps between arrivals into the histogram, many at a time; the last arrival begins the next ones."""

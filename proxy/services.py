@@ -109,5 +109,6 @@ class GatewayServices:
     metrics: GatewayMetrics
     clock: Callable[[], float]  # monotonic seconds
     settings: ProxySettings = field(default_factory=ProxySettings)
-    observers: tuple[Callable[[Outcome], None], ...] = ()  # learning and accounting; called once a request
+    observers: tuple[Callable[[Outcome], None], ...] = ()  # accounting: called once for every request, as it ends
+    learners: tuple[Callable[[Outcome], None], ...] = ()  # told of at most ``ProxySettings.learned_per_tick`` a tick
     energy_j: Callable[[Outcome], float | None] | None = None  # of a finished request

@@ -136,17 +136,6 @@ class Connection(asyncio.Protocol):
         if relay is None:
             self._close()
             return
-        try:
-            self._receive(data, relay)
-        except Exception:  # a fault of ours: no client shall wait for what never comes
-            if self._relay is relay:
-                self._fail(Failure.BROKEN)
-            else:
-                relay.broken(Failure.BROKEN, self._pool.clock())
-            raise
-
-    def _receive(self, data: bytes, relay: Relay) -> None:
-        """Parse, then tell the relay, in this order."""
         self._silent = False
         awaiting_head = self._status < _INTERIM
         try:
@@ -157,7 +146,17 @@ class Connection(asyncio.Protocol):
         if self._surplus:
             self._fail(Failure.BROKEN)
             return
-        now_s = self._pool.clock()
+        try:
+            self._tell(relay, awaiting_head)
+        except Exception:  # a fault of ours: no client shall wait for what never comes
+            if self._relay is relay:
+                self._fail(Failure.BROKEN)
+            else:
+                relay.broken(Failure.BROKEN, self._pool.clock())
+            raise
+
+    def _tell(self, relay: Relay, awaiting_head: bool) -> None:
+        """Give the relay what was parsed, in its order."""
         if awaiting_head:
             if self._status < _INTERIM:
                 return
@@ -166,6 +165,7 @@ class Connection(asyncio.Protocol):
                 self._known_headers = self._headers
                 head = self._head = InstanceHead(self._status, self._headers)
             relay.head(head)
+        now_s = self._pool.clock()
         pieces = self._pieces
         if pieces:
             self._pieces = []
