@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from energy.profile import StepCoefficients
 from pools import scoring
-from pools.classes import RequestClass
+from pools.classes import REQUEST_CLASSES
 from pools.instances import Instance, InstanceState
 from pools.outliers import EjectionLimits, Outliers
 from pools.request import Assigned, Request
@@ -59,6 +59,35 @@ class _Foreign:
     last: float = 0.0
 
 
+class _Known:
+    """What stays the same, or must stay, of an instance while views come and go."""
+
+    __slots__ = ("assigned", "costs", "foreign", "given", "lone_step_s", "promises", "view")
+
+    def __init__(self) -> None:
+        self.view: InstanceView | None = None
+        self.costs: tuple[float, ...] = ()
+        self.lone_step_s = 0.0
+        self.assigned = Assigned("", "")
+        self.given = [0] * len(REQUEST_CLASSES)
+        self.promises: dict[float, int] = {}
+        self.foreign = _Foreign()
+
+    def show(self, v: InstanceView, kinds: dict[tuple[StepCoefficients, int], int]) -> bool:
+        """Take over a view of it; False if nothing has changed."""
+        if v is self.view or v == self.view:
+            return False
+        limits, tp = v.limits, v.instance.shape.tp
+        kind = kinds.setdefault((v.step, tp), len(kinds))
+        self.view = v
+        self.costs = scoring.cost_row(
+            v.step, tp, kind, limits.max_batched_tokens, limits.max_seqs, limits.kv_capacity_tokens
+        )
+        self.lone_step_s = scoring.decode_step_s(v.step, 0.0, 0.0)
+        self.assigned = Assigned(v.instance.id, v.instance.pool)
+        return True
+
+
 class Fleet:
     """Cost, load and health of every instance of the view, by index."""
 
@@ -68,45 +97,47 @@ class Fleet:
         self.index: dict[str, int] = {}
         self.flights: dict[str, Flight] = {}
         self.pools: dict[str, OpenPool] = {}
-        self.assigned: list[Assigned] = []  # one answer an instance, made once
         self.costs = Costs(*([] for _ in Costs._fields))
         self.load = Load(*([] for _ in Load._fields))
-        self.lone_step_s: list[float] = []
         self.open_pool: list[str] = []  # the pool it may serve in now, or nothing
+        # of each instance, by index
+        self.assigned: list[Assigned] = []  # one answer, made once
+        self.lone_step_s: list[float] = []
+        self.given: list[list[int]] = []  # requests it was ever given, by class
         self._steps: list[StepCoefficients] = []
-        self._max_seqs: list[float] = []  # the column of costs, to write on
-        self.given: list[list[int]] = []  # requests each instance was ever given, by class
+        self._seats: list[float] = []  # the column of costs, to write on
+        self._promises: list[dict[float, int]] = []  # how many are owed each TBT
+        self._known: dict[str, _Known] = {}
+        self._kinds: dict[tuple[StepCoefficients, int], int] = {}
         self._asleep: set[str] = set()
-        self._foreign: dict[str, _Foreign] = {}
-        self._promises: list[dict[float, int]] = []  # how many on an instance are owed each TBT
 
     def update(self, view: ClusterView) -> None:
-        """Take over a new view; what is in flight on instances that stay is kept."""
+        """Take over a new view; what is in flight on instances that stay is kept. What did not change costs little."""
         index = {v.instance.id: i for i, v in enumerate(view.instances)}
         if len(index) != len(view.instances):
             raise ValueError(f"cluster view {view.version}: two instances have one id; give each its own")
-        promises = {v.instance.id: p for v, p in zip(self.views, self._promises, strict=True)}
-        self._promises = [promises.get(instance_id, {}) for instance_id in index]
-        given = {v.instance.id: g for v, g in zip(self.views, self.given, strict=True)}
-        self.given = [given.get(instance_id) or [0] * len(RequestClass) for instance_id in index]
-        before = {v.instance.id: row for v, row in zip(self.views, zip(*self.load, strict=True), strict=True)}
+        known = {instance_id: self._known.get(instance_id) or _Known() for instance_id in index}
+        all_known = list(known.values())
+        changed = [i for i, (k, v) in enumerate(zip(all_known, view.instances, strict=True)) if k.show(v, self._kinds)]
+        before = dict(zip(self.index, zip(*self.load, strict=True), strict=True))
         rows = [before.get(instance_id, scoring.LOAD_EMPTY) for instance_id in index]
-        self.load = Load(*([row[k] for row in rows] for k in range(len(Load._fields))))
-        kinds: dict[tuple[StepCoefficients, int], int] = {}
-        costs = [_cost_row(v, kinds) for v in view.instances]
-        self.costs = Costs(*([row[k] for row in costs] for k in range(len(Costs._fields))))
-        self._max_seqs = [float(v.limits.max_seqs) for v in view.instances]
-        self.costs = self.costs._replace(max_seqs=self._max_seqs)
-        self.views, self.index = view.instances, index
-        self.assigned = [Assigned(v.instance.id, v.instance.pool) for v in view.instances]
+        self.load = Load(*_columns(rows, len(Load._fields)))
+        costs = _columns([k.costs for k in all_known], len(Costs._fields))
+        self._seats = costs[Costs._fields.index("max_seqs")]
+        self.costs = Costs(*costs)
+        self.assigned = [k.assigned for k in all_known]
+        self.lone_step_s = [k.lone_step_s for k in all_known]
+        self.given = [k.given for k in all_known]
         self._steps = [v.step for v in view.instances]
-        self.lone_step_s = [scoring.decode_step_s(c, 0.0, 0.0) for c in self._steps]
+        self._promises = [k.promises for k in all_known]
+        self._known, self.views, self.index = known, view.instances, index
+        for i in changed:
+            self._refresh(i)
         self.outliers.keep(frozenset(index))
         self._asleep &= index.keys()
         for flight in self.flights.values():
             if flight.instance_id not in index:
                 flight.instance_id = ""  # gone with its instance; should that come back, it comes back empty
-        self._foreign = {k: f for k, f in self._foreign.items() if k in index}
         self.pools = {p.name: OpenPool(p.name, []) for p in view.pools}
         self.reopen()
 
@@ -119,13 +150,15 @@ class Fleet:
             if instance.pool in members and self._is_open(instance):
                 members[instance.pool].append(i)
                 self.open_pool[i] = instance.pool
-            self._max_seqs[i] = 1.0 if self.outliers.probing(instance.id) else float(v.limits.max_seqs)
-            self._refresh(i)
+            seats = 1.0 if self.outliers.probing(instance.id) else float(v.limits.max_seqs)
+            if seats != self._seats[i]:
+                self._seats[i] = seats
+                self._refresh(i)
         for name, indices in members.items():
             count = -(-len(indices) // WINDOW)
             pool = self.pools[name]
             pool.windows = [indices[k::count] for k in range(count)]
-            pool.fastest = min(indices, key=lambda i: self.costs.token_s[i], default=scoring.NONE)
+            pool.fastest = min(indices, key=self.costs.token_s.__getitem__, default=scoring.NONE)
 
     def _is_open(self, instance: Instance) -> bool:
         if instance.state is not InstanceState.READY or instance.id in self._asleep:
@@ -156,7 +189,7 @@ class Fleet:
         i = self.index.get(instance_id)
         if i is None:
             return False
-        foreign = self._foreign.setdefault(instance_id, _Foreign())
+        foreign = self._known[instance_id].foreign
         own = self.load.in_flight[i] - foreign.counted
         excess = max(seen.running + seen.waiting - own, 0.0)
         self._count_foreign(i, foreign, min(excess, foreign.last))
@@ -184,8 +217,7 @@ class Fleet:
         i = self.index.get(instance_id)
         if i is None:
             return 0
-        foreign = self._foreign.get(instance_id)
-        return round(self.load.in_flight[i] - (foreign.counted if foreign is not None else 0.0))
+        return round(self.load.in_flight[i] - self._known[instance_id].foreign.counted)
 
     def sent(self, i: int, request: Request, now_s: float) -> Assigned:
         """Count a request sent to instance ``i``."""
@@ -238,7 +270,5 @@ class Fleet:
         scoring.settle(self.costs, load, i, step_s)
 
 
-def _cost_row(v: InstanceView, kinds: dict[tuple[StepCoefficients, int], int]) -> tuple[float, ...]:
-    limits, tp = v.limits, v.instance.shape.tp
-    kind = kinds.setdefault((v.step, tp), len(kinds))
-    return scoring.cost_row(v.step, tp, kind, limits.max_batched_tokens, limits.max_seqs, limits.kv_capacity_tokens)
+def _columns(rows: list[tuple[float, ...]], count: int) -> list[list[float]]:
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(count)]
