@@ -32,6 +32,11 @@ class ClockSettings:
     miss_memory_s: float = 20.0  # time constant of how often the SLO is missed
     tight: float = 0.4  # share of ticks with a miss above which an instance goes one step beyond its pool's
     broken: float = 0.7  # above which it goes to the top
+    idle_load: float = 0.5  # an instance goes down to the clock at which its own load is this share of its capacity
+    spare_slack: float = 0.3  # SLO slack of a pool's slowest request from which on its capacity is taken to be higher
+    learn_up: float = 0.01  # of the capacity factor, each tick
+    learn_down: float = 0.05
+    factor_limits: tuple[float, float] = (0.7, 1.5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +44,7 @@ class ClockChoice:
     """What each instance should run at, and why."""
 
     sm_clock_mhz: IntArray  # (I,)
+    capacity_factor: FloatArray  # (P,) learnt: capacity of the pool by that of its classes alone
     pool_load: FloatArray  # (P,) share of the SLO capacity of the pool at those clocks; inf: it has no instance
     missed: FloatArray  # (I,) how often its worst request was late lately, 0..1
 
@@ -57,6 +63,9 @@ class ClockChooser:
         self._arrays = [arrays[pool.model] for pool in pools]
         self._load_rps = np.zeros((len(pools), 9))
         self._weight = np.zeros(len(pools))
+        self._factor = np.ones(len(pools))
+        self._stressed = np.zeros(len(pools), dtype=np.bool_)
+        self._own_rps = np.zeros((0, 9))
         self._ids: tuple[str, ...] = ()
         self._missed = np.zeros(0)
 
@@ -70,23 +79,41 @@ class ClockChooser:
             mine = np.flatnonzero(ready & (instances.pool == p))
             rate = self._load_rps[p] / max(float(self._weight[p]), 1e-9)
             if len(mine):
-                clock[mine], pool_load[p] = self._of_pool(arrays, mine, instances, rate)
+                self._learn(p, instances.slo_slack[mine])
+                clock[mine], pool_load[p] = self._of_pool(arrays, mine, instances, rate / self._factor[p])
+                self._stressed[p] = pool_load[p] > 0.7 * self._settings.target
             elif rate.any():
                 pool_load[p] = np.inf
-        return ClockChoice(clock, pool_load, self._missed)
+        return ClockChoice(clock, self._factor.copy(), pool_load, self._missed)
+
+    def _learn(self, pool: int, slack: FloatArray) -> None:
+        """Correct a pool's capacity by what its slowest request of this tick says."""
+        settings = self._settings
+        seen = slack[~np.isnan(slack)]
+        if not len(seen):
+            return
+        worst = float(seen.min())
+        if worst < 0.0:
+            self._factor[pool] *= 1.0 - settings.learn_down
+        elif worst > settings.spare_slack and self._stressed[pool]:
+            self._factor[pool] += settings.learn_up
+        self._factor[pool] = min(max(self._factor[pool], settings.factor_limits[0]), settings.factor_limits[1])
 
     def _follow(self, instances: InstanceViews, window_s: float) -> None:
-        """Take in what the pools were given, and carry misses over to the instances there are now."""
+        """Take in what was given to whom, and carry loads and misses over to the instances there are now."""
         settings = self._settings
+        if instances.ids != self._ids:
+            before = {name: i for i, name in enumerate(self._ids)}
+            at = np.array([before.get(name, len(before)) for name in instances.ids], dtype=np.int64)
+            self._missed = np.append(self._missed, 0.0)[at]
+            self._own_rps = np.vstack([self._own_rps, np.zeros(9)])[at]
+            self._ids = instances.ids
         keep = float(np.exp(-window_s / settings.memory_s))
         seen = np.zeros_like(self._load_rps)
         np.add.at(seen, instances.pool, instances.class_rate_rps)
         self._load_rps = self._load_rps * keep + seen * (1.0 - keep)
         self._weight = self._weight * keep + (1.0 - keep)
-        if instances.ids != self._ids:
-            before = dict(zip(self._ids, self._missed.tolist(), strict=True))
-            self._missed = np.array([before.get(name, 0.0) for name in instances.ids])
-            self._ids = instances.ids
+        self._own_rps = self._own_rps * keep + instances.class_rate_rps * (1.0 - keep)
         keep = float(np.exp(-window_s / settings.miss_memory_s))
         self._missed = self._missed * keep + (instances.slo_slack < 0.0) * (1.0 - keep)  # nan, none seen: no miss
 
@@ -101,14 +128,17 @@ class ClockChooser:
         fit, power_w = arrays.carried(kinds, rate)  # (k, C) share of the pool's load one instance carries; its power
         kind = np.searchsorted(kinds, tp)
         step = now
-        held_w = float(power_w[kind, now].sum())
         wanted = _raise(fit, power_w, kind, now, 1.0 / settings.target)
-        if fit[kind, now].sum() * settings.ceiling < 1.0 or power_w[kind, wanted].sum() < held_w:
+        cheaper = power_w[kind, wanted].sum() < power_w[kind, now].sum()
+        if fit[kind, now].sum() * settings.ceiling < 1.0 or cheaper:
             step = wanted
+        own = np.einsum("nk,nck->nc", self._own_rps[mine], arrays.per_request[tp])  # (n, C) load by itself
+        enough = own <= settings.idle_load
+        step = np.where(enough.any(axis=1), np.minimum(step, enough.argmax(axis=1)), step)
         missed, top = self._missed[mine], fit.shape[1] - 1
         step = np.where(missed > settings.tight, np.minimum(step + 1, top), step)
         step = np.where(missed > settings.broken, top, step)
-        carried = float(fit[kind, step].sum())
+        carried = float(fit[kind, wanted].sum())
         return arrays.clocks[step], 1.0 / carried if carried > 0.0 else np.inf
 
 

@@ -120,6 +120,7 @@ class PlanningController:
         self._planned_at_s = float("-inf")
         self._recent_rps = np.zeros(CLASSES * len(tables))
         self._restriction = Restriction()
+        self._capacity = np.ones(len(self._pools))
 
     def first_tick(self, now_s: float) -> Tick:
         """All levels at once, now."""
@@ -248,7 +249,7 @@ class PlanningController:
         standby = forecast.reserve_rps
         if self._settings.standby_s > 0.0:
             standby = self._forecaster.forecast(observation.now_s, self._settings.standby_s).reserve_rps
-        problem = self._planner.problem(observation.cluster, forecast, standby, self._restriction)
+        problem = self._planner.problem(observation.cluster, forecast, standby, self._restriction, self._capacity)
         began_s = self._stopwatch()
         planned = self._planner.plan(problem)
         solve_s = self._stopwatch() - began_s
@@ -312,6 +313,7 @@ class PlanningController:
         clock = views.sm_clock_mhz
         if self._chooser is not None:
             choice = self._chooser.choose(observation.demand.window_s, views)
+            self._capacity = choice.capacity_factor
             clock = choice.sm_clock_mhz
             for i in np.flatnonzero(clock != views.sm_clock_mhz):
                 why = f"pool at {choice.pool_load[views.pool[i]]:.2f} of capacity, SLO missed {choice.missed[i]:.2f}"

@@ -92,13 +92,18 @@ class Planner:
         self._edges = _edges(candidates)
 
     def problem(
-        self, cluster: ClusterState, forecast: Forecast, standby_rps: FloatArray, restriction: Restriction
+        self,
+        cluster: ClusterState,
+        forecast: Forecast,
+        standby_rps: FloatArray,
+        restriction: Restriction,
+        capacity_factor: FloatArray,
     ) -> PlanProblem:
-        """The plan problem of this moment."""
+        """The plan problem of this moment; ``capacity_factor`` (P,) corrects the table by what pools have shown."""
         c, costs = self.candidates, self._costs
         rate = np.maximum(forecast.mean_rps, self._limits.least_rps)
         reserve = np.maximum(forecast.reserve_rps, rate)
-        work = c.work
+        work = c.work / capacity_factor[c.group_pool]
         if restriction.allowed is not None:
             work = np.where(restriction.allowed[:, c.group_pool] > 0.0, work, np.inf)
         usable = np.where(cluster.node_usable, cluster.node_gpus, 0)

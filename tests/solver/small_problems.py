@@ -1,6 +1,6 @@
 """Random plan problems small enough to be solved by trying everything, and that trying."""
 
-from itertools import product
+from dataclasses import replace
 
 import numpy as np
 
@@ -78,17 +78,31 @@ def fits(sizes, nodes):
 
 def best_by_trying(problem):
     """Least objective over every whole-number plan, or None. Written from the problem's words, not from its rows."""
-    tp = problem.group_tp[problem.point_group]
-    total = int(problem.room.free.sum())
+    groups = np.arange(len(problem.group_pool))
+    every = replace(  # an instance may also be given nothing
+        problem,
+        point_group=np.concatenate([problem.point_group, groups]),
+        point_capacity=np.concatenate([problem.point_capacity, np.zeros(len(groups))]),
+        point_power_w=np.concatenate([problem.point_power_w, problem.group_idle_w]),
+    )
+    tp = every.group_tp[every.point_group]
     best = None
-    for counts in product(*(range(total // t + 1) for t in tp)):
-        if np.dot(counts, tp) > total:
-            continue
-        cost = _cost(problem, np.array(counts))
-        if (best is not None and cost >= best) or not _holds(problem, np.array(counts), tp):
+    for counts in _counts(tp.tolist(), int(problem.room.free.sum())):
+        cost = _cost(every, np.array(counts))
+        if (best is not None and cost >= best) or not _holds(every, np.array(counts), tp):
             continue
         best = cost
     return best
+
+
+def _counts(sizes, gpus):
+    """Every way to have instances of these sizes on so many GPUs."""
+    if not sizes:
+        yield ()
+        return
+    for n in range(gpus // sizes[0] + 1):
+        for rest in _counts(sizes[1:], gpus - n * sizes[0]):
+            yield (n, *rest)
 
 
 def _cost(problem, counts):

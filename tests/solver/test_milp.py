@@ -52,7 +52,7 @@ def test_a_plan_meets_every_limit_it_was_given(seed, integral):
     assert np.all(s.share[~np.isfinite(problem.work)] == 0.0)
     assert np.all(((problem.rate_rps[:, None] * s.share) * work).sum(axis=0) <= taken + 1e-6)
     assert np.all(((problem.reserve_rps[:, None] * s.share) * work).sum(axis=0) <= s.ready * problem.group_peak + 1e-6)
-    assert np.allclose(np.bincount(problem.point_group, s.points, 4), s.ready)
+    assert np.all(np.bincount(problem.point_group, s.points, 4) <= s.ready + 1e-6)  # the others idle
     assert np.bincount(problem.group_pool, s.ready)[1] >= 2
     assert fits(np.repeat(problem.group_tp, s.ready.astype(int)).tolist(), problem.room.free.tolist())
     assert np.all(s.ready == np.rint(s.ready))
@@ -165,6 +165,11 @@ def test_standby_is_met_by_parked_instances_where_sleeping_is_cheaper():
     assert np.all((problem.standby_rps[:, None] * asleep.share * work).sum(axis=0) <= capacity + 1e-6)
 
 
+def instances_power_w(problem, solution):
+    idle = solution.ready - np.bincount(problem.point_group, solution.points, len(solution.ready))
+    return solution.points @ problem.point_power_w + idle @ problem.group_idle_w
+
+
 def test_free_gpus_and_nodes_draw_power_unless_the_node_is_empty_and_off():
     problem = replace(ample(random_problem(6, changes=False)), integral_points=False)
     room = NodeRoom(problem.room.gpus, problem.room.free, problem.room.pinned, free_gpu_w=70.0, node_w=300.0)
@@ -173,11 +178,11 @@ def test_free_gpus_and_nodes_draw_power_unless_the_node_is_empty_and_off():
     always = solve(replace(problem, room=replace(room, empty_nodes_off=False)), EXACT)
     used = off.ready @ problem.group_tp
     nodes = np.ceil(used / 8)
-    instances_w = off.points @ problem.point_power_w
+    instances_w = instances_power_w(problem, off)
     assert off.power_w == pytest.approx(instances_w + nodes * 300.0 + (8 * nodes - used) * 70.0)
     assert bare.power_w < off.power_w < always.power_w
     used = always.ready @ problem.group_tp
-    assert always.power_w == pytest.approx(always.points @ problem.point_power_w + 8 * 300.0 + (64 - used) * 70.0)
+    assert always.power_w == pytest.approx(instances_power_w(problem, always) + 8 * 300.0 + (64 - used) * 70.0)
 
 
 def test_pinned_instances_stay_and_count_as_capacity_not_as_room():
