@@ -1,0 +1,60 @@
+"""What tells the energy ledger of the gateway's requests: a router that reports what it decides, and an observer.
+
+Joins ``pools`` and ``proxy`` to ``energy``, which knows nothing of either. On a request's path: plain calls, no I/O.
+"""
+
+from energy.accounting import User
+from energy.accounting_ledger import EnergyLedger
+from pools.request import Assigned, Decision, Rejected, Request
+from proxy.outcome import Outcome
+from proxy.services import Router
+
+
+class AccountedRouter:
+    """The router it is given, telling the ledger who went where and when the first token came."""
+
+    def __init__(self, router: Router, ledger: EnergyLedger) -> None:
+        self._router = router
+        self._ledger = ledger
+        self.on_finished = router.on_finished  # the end is told by the outcome, which has the engine's tokens
+        self.on_failed = router.on_failed
+        self.on_cancelled = router.on_cancelled
+
+    def route(self, request: Request, now_s: float, exclude: frozenset[str] = frozenset()) -> Decision:
+        """As the router decides."""
+        decision = self._router.route(request, now_s, exclude)
+        if decision.__class__ is Assigned:
+            self._began(request, decision, now_s)
+        return decision
+
+    def release(self, now_s: float) -> list[tuple[Request, Assigned | Rejected]]:
+        """As the router lets them go."""
+        released = self._router.release(now_s)
+        for request, decision in released:
+            if isinstance(decision, Assigned):
+                self._began(request, decision, now_s)
+        return released
+
+    def on_first_token(self, request_id: str, now_s: float) -> None:
+        """Its first token came."""
+        self._ledger.first_token(request_id, now_s)
+        self._router.on_first_token(request_id, now_s)
+
+    def _began(self, request: Request, assigned: Assigned, now_s: float) -> None:
+        user = User(request.model, assigned.pool, request.request_class.name, request.tenant)
+        self._ledger.began(request.id, user, assigned.instance_id, request.input_tokens, now_s)
+
+
+class GatewayAccounts:
+    """What the gateway calls: ``book`` is one of its observers, ``energy_j`` answers for its response header."""
+
+    def __init__(self, ledger: EnergyLedger) -> None:
+        self._ledger = ledger
+
+    def book(self, outcome: Outcome) -> None:
+        """A request is over, served or not."""
+        self._ledger.ended(outcome.request.id, outcome.ended_s, outcome.prompt_tokens, outcome.completion_tokens)
+
+    def energy_j(self, outcome: Outcome) -> float | None:
+        """Energy of a request that has just been answered and is not booked yet; None if it was not metered."""
+        return self._ledger.energy_j(outcome.request.id, outcome.ended_s, outcome.completion_tokens)
