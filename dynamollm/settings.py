@@ -84,6 +84,19 @@ class DriverSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ControllerSettings:
+    """Who decides how many instances there are, their TP and clocks.
+
+    ``static`` keeps what ``pools`` says; the others are policies of ``solver.policies``, and begin with ``pools``.
+    """
+
+    policy: Literal["static", "dynamollm", "dynamollm-paper", "scale-inst"] = "dynamollm"
+    parked_w_per_gpu: Annotated[float, Field(ge=0, le=2000)] | None = None  # None: engines are stopped, never parked
+    dwell_s: Seconds = 600.0  # how long a change is expected to last: over this time it must pay for itself
+    transition_deadline_s: Seconds = 900.0  # a start or a drain that takes longer is abandoned
+
+
+@dataclass(frozen=True, slots=True)
 class ObjectiveSettings:
     """A priority class clients may name; below 0 it may be shed under pressure."""
 
@@ -123,6 +136,7 @@ class Settings:
     server: ServerSettings = field(default_factory=ServerSettings)
     slo: SloSettings = field(default_factory=SloSettings)
     driver: DriverSettings = field(default_factory=DriverSettings)
+    controller: ControllerSettings = field(default_factory=ControllerSettings)
     objectives: tuple[ObjectiveSettings, ...] = ()
     auth: AuthSettings = field(default_factory=AuthSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
@@ -203,6 +217,8 @@ def _check_driver(settings: Settings) -> list[str]:
             for index, url in enumerate(urls)
             if not url.startswith("http://")
         ]
+    if settings.controller.policy != "static":
+        problems.append("controller.policy: attached servers are not this gateway's to start or clock; use static")
     if not any(settings.driver.urls.values()):
         problems.append("driver.urls: the attach driver needs at least one URL")
     return problems

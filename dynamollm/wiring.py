@@ -6,16 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynamollm.adapters.clock import monotonic_s
+from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.adapters.engine_probe import HttpEngineProbe
+from dynamollm.control_loop import ControlLoop
 from dynamollm.deployment import Deployment, node_names
 from dynamollm.errors import UserError
 from dynamollm.learning import GatewayLengths, GatewayTokens
+from dynamollm.observation import Observer
+from dynamollm.operations import Operations
 from dynamollm.runner import Runner
 from dynamollm.settings import LimitSettings, Settings
+from energy.adapters.capacity_file import load_capacity
 from energy.adapters.catalogue import load_profile
 from energy.profile import EnergyProfile, ProfileError
 from pools.adapters.tokenizer_files import load_tokenizer
-from pools.classes import ClassSlos
+from pools.classes import ClassSlos, RequestClass
 from pools.drivers.attach import AttachDriver
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
 from pools.drivers.port import InstanceDriver
@@ -23,9 +28,15 @@ from pools.lengths import RunningLengths, RunningLengthsLimits
 from pools.queue import QueueLimits
 from pools.router import Router, RouterLimits
 from pools.tokens import ExactTokens, InputCounter, TokenEstimator
+from pools.view import PoolView
 from proxy.metrics import GatewayMetrics
 from proxy.services import GatewayServices
 from proxy.settings import Deadlines, Limits, ProxySettings
+from solver.control import Controller
+from solver.controllers import ControlSettings, PlanningController
+from solver.diff import DiffSettings
+from solver.planner import ChangeCosts
+from solver.policies import policies
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +48,9 @@ class Application:
     runner: Runner
     services: GatewayServices
     probe: HttpEngineProbe
+    operations: Operations
+    control: ControlLoop | None  # None: static
+    controller: ControllerProcess | None
 
 
 def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Application:
@@ -44,12 +58,20 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
     deployment = Deployment(settings, load_profiles(settings))
     router = Router(router_limits(settings.limits))
     probe = HttpEngineProbe()
+    driver = build_driver(settings)
+    runner = Runner(deployment, driver, router, probe, clock, startup_s=settings.driver.startup_s)
+    operations = Operations(deployment, driver, runner, clock)
+    observer = Observer(deployment, router, clock())
+    controller, control = None, None
+    if settings.controller.policy != "static":
+        controller = ControllerProcess(controller_recipe(settings))
+        control = ControlLoop(controller, observer.observe, operations.apply, clock)
     estimator = TokenEstimator(settings.slo.cuts)
     lengths = GatewayLengths(RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts)))
     return Application(
         settings=settings,
         deployment=deployment,
-        runner=Runner(deployment, build_driver(settings), router, probe, clock),
+        runner=runner,
         services=GatewayServices(
             router=router,
             directory=deployment,
@@ -58,9 +80,58 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
             metrics=GatewayMetrics(),
             clock=clock,
             settings=proxy_settings(settings),
-            observers=(lengths.learn, GatewayTokens(estimator).learn),
+            observers=(observer.on_outcome,),
+            learners=(lengths.learn, GatewayTokens(estimator).learn),
         ),
         probe=probe,
+        operations=operations,
+        control=control,
+        controller=controller,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerRecipe:
+    """Makes the controller; pickled to the process that runs it."""
+
+    policy: str
+    profiles: tuple[tuple[str, str], ...]  # model, profile
+    pools: tuple[PoolView, ...]
+    settings: ControlSettings
+
+    def __call__(self, epoch: int) -> Controller:
+        """A fresh controller; its plans supersede those of lower epochs."""
+        tables = {model: load_capacity(profile) for model, profile in self.profiles}
+        first = next(iter(tables.values()))
+        policy = policies(first.tps[-1], first.sm_clocks_mhz[-1])[self.policy]
+        return PlanningController(policy, tables, self.pools, self.settings, epoch=epoch, stopwatch=monotonic_s)
+
+
+def controller_recipe(settings: Settings) -> ControllerRecipe:
+    """The controller that the settings ask for. Raises ``UserError`` where a profile has no capacity table."""
+    for index, model in enumerate(settings.models):
+        try:
+            load_capacity(model.profile)
+        except ProfileError as error:
+            raise UserError(f"models[{index}].profile: {error}; or set controller.policy: static") from None
+    controller, startup_s = settings.controller, settings.driver.startup_s
+    parked_w = controller.parked_w_per_gpu
+    return ControllerRecipe(
+        controller.policy,
+        tuple((model.name, model.profile) for model in settings.models),
+        tuple(PoolView(pool.name, pool.model, RequestClass[pool.request_class]) for pool in settings.pools),
+        ControlSettings(
+            changes=ChangeCosts(
+                start_s=startup_s,
+                reshard_s=startup_s,
+                parked_w_per_gpu=float("inf") if parked_w is None else parked_w,
+                dwell_s=controller.dwell_s,
+            ),
+            diff=DiffSettings(
+                start_deadline_s=controller.transition_deadline_s, drain_deadline_s=controller.transition_deadline_s
+            ),
+            lead_s=startup_s,
+        ),
     )
 
 

@@ -13,7 +13,7 @@ class EngineLimits:
     """What one engine holds and takes at a time."""
 
     max_seqs: int = 256
-    max_batched_tokens: int = 8192  # prompt tokens of one step
+    max_batched_tokens: int = 2048  # prompt tokens of one step; what instances are started with
     kv_capacity_tokens: int = 1 << 40
 
 

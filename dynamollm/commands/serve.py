@@ -58,7 +58,7 @@ async def _serve(application: Application, server: uvicorn.Server, sockets: list
     """Run the cluster beside the server; when either ends, end the other."""
     console = Console(stderr=True)
     console.print(f"dynamollm: starting {_planned(application.settings)} ...")
-    cluster = asyncio.create_task(application.runner.run())
+    cluster = asyncio.create_task(_run_cluster(application))
     greeting = asyncio.create_task(_greet(application, console, url))
     serving = asyncio.create_task(server.serve(sockets=sockets))
     await asyncio.wait((serving, cluster), return_when=asyncio.FIRST_COMPLETED)
@@ -71,6 +71,20 @@ async def _serve(application: Application, server: uvicorn.Server, sockets: list
     for result in results:
         if isinstance(result, Exception):
             raise result
+
+
+async def _run_cluster(application: Application) -> None:
+    """The runner and, once the cluster is up, the controller; both end together."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(application.runner.run())
+            await application.runner.settled()
+            if application.control is not None:
+                tasks.create_task(application.control.run())
+    finally:
+        await application.operations.close()
+        if application.controller is not None:
+            await application.controller.close()
 
 
 def _planned(settings: Settings) -> str:
