@@ -3,9 +3,13 @@
 The load of a pool is what its instances were given lately, each class counted in shares of what an instance could carry
 of it alone. The router spreads load by what instances do at their present clocks, so a clock chosen from the load of
 one instance would feed on itself: more clock, more load, more clock. Hence clocks are chosen for a pool together: all
-begin at the lowest and are raised, the cheapest gain in capacity first, until the load fits. Raising is immediate;
-lowering needs room to spare. The SLO is a P99, so one late request says little: what counts is how often the worst of
-a tick was late lately. A few array operations for each pool and TP; see benchmarks/solver_scaling.py for the time.
+begin at the lowest and are raised, the cheapest gain in capacity first, until the load fits. Lowering needs room to
+spare. An instance that the router leaves nearly idle goes lower still.
+
+The table knows classes alone. Mixed ones get on better or worse than their shares add up, so each pool's capacity is
+corrected by a factor learnt from the SLO slack: slowly up while the slowest request of a tick had time to spare, down
+as soon as one was late. The SLO is a P99 and one late request says little of an instance: only one that keeps missing
+is raised by itself. A few array operations for each pool and TP; see benchmarks/solver_scaling.py for the time.
 Source: DynamoLLM section IV, instance controller (drop clocks that break the SLO, take the least-energy one).
 """
 
@@ -26,7 +30,7 @@ READY = STATE_CODE[InstanceState.READY]
 class ClockSettings:
     """How careful to be with clocks."""
 
-    memory_s: float = 30.0  # time constant of the load
+    memory_s: float = 20.0  # time constant of the load
     ceiling: float = 0.9  # of the SLO capacity; beyond it clocks go up
     target: float = 0.8  # what a change of clocks makes room for
     miss_memory_s: float = 20.0  # time constant of how often the SLO is missed

@@ -42,6 +42,8 @@ class ForecastSettings:
     """How much to remember and how careful to be."""
 
     memory_s: float = 120.0  # time constant of "lately"
+    trend_memory_s: float = 600.0  # the trend is how "lately" differs from this long ago
+    trend: float = 0.5  # share of the trend that is believed to go on
     slot_s: float = 300.0
     quantile: float = 0.95  # of past errors that the reserve covers
     least_reserve: float = 0.35  # share of the mean, until errors are known: 95 % of the 8 minutes after in Azure 2023
@@ -58,6 +60,7 @@ class SlotForecaster:
         self._settings = settings or ForecastSettings()
         self._rate_rps = np.zeros(demands)
         self._weight = 0.0
+        self._long_rps, self._long_weight = 0.0, 0.0  # all classes together
         self._slot_requests = np.zeros(demands)
         self._slot_span_s = 0.0
         self._slot = -1
@@ -73,6 +76,9 @@ class SlotForecaster:
         seen_rps = demand.requests / demand.window_s
         self._rate_rps = self._rate_rps * keep + seen_rps * (1.0 - keep)
         self._weight = self._weight * keep + (1.0 - keep)
+        keep = float(np.exp(-demand.window_s / self._settings.trend_memory_s))
+        self._long_rps = self._long_rps * keep + float(seen_rps.sum()) * (1.0 - keep)
+        self._long_weight = self._long_weight * keep + (1.0 - keep)
         self._follow_slot(now_s, demand)
         for promise in self._pending:
             promise.add(demand)
@@ -84,12 +90,24 @@ class SlotForecaster:
         if self._weight == 0.0:
             nothing = np.zeros_like(self._rate_rps)
             return Forecast(nothing, nothing)
-        mean = self._rate_rps / self._weight * self._swing(now_s, horizon_s)
+        mean = self._rate_rps / self._weight
+        rise = self._rise(float(mean.sum()), horizon_s)
+        mean = mean * self._swing(now_s, horizon_s)
         total = float(mean.sum())
         if total > 0.0 and (not self._pending or now_s >= self._pending[-1].made_s + self._settings.burst_s):
             self._pending.append(_Promise(now_s, now_s + horizon_s, total, self._settings.burst_s))
         variation = self._settings.burst_sigmas / np.sqrt(max(total, 1e-6) * self._settings.burst_s)
-        return Forecast(mean, mean * (1.0 + self._margin() + variation))
+        return Forecast(mean, mean * (1.0 + rise + self._margin() + variation))
+
+    def _rise(self, recent_rps: float, horizon_s: float) -> float:
+        """By what share demand will have risen at the horizon, if the trend of the last minutes goes on; >= 0."""
+        settings = self._settings
+        if recent_rps <= 0.0:
+            return 0.0
+        # averages over m and n seconds of a ramp differ by n - m seconds of its slope, and the shorter lags by m
+        ramp_rps = (recent_rps - self._long_rps / self._long_weight) / (settings.trend_memory_s - settings.memory_s)
+        ahead = settings.trend * ramp_rps * (settings.memory_s + horizon_s) / recent_rps
+        return min(max(ahead, 0.0), settings.longest_swing - 1.0)
 
     def _follow_slot(self, now_s: float, demand: Demand) -> None:
         """Close the slot when its time is over."""

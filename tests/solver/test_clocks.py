@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_tables import CLOCKS, nine_pools, one_pool, table, views
+
+from pools.classes import RequestClass
+from pools.instances import InstanceState
+from solver.clocks import ClockChooser, ClockSettings, _raise
+
+LL = RequestClass.LL
+
+
+def run(chooser, rows, ticks=40):
+    """Ticks in which the instances take the clocks chosen; returns the last choice."""
+    choice = None
+    for _ in range(ticks):
+        choice = chooser.choose(5.0, views(rows))
+        for row, clock in zip(rows, choice.sm_clock_mhz, strict=True):
+            row["clock"] = int(clock)
+    return choice
+
+
+def full_rate(clock, tp=8):
+    t = table()
+    return float(t.max_rate_rps(tp, clock, LL))
+
+
+def test_the_clock_follows_the_load_up_and_down():
+    chooser = ClockChooser({"m": table()}, one_pool())
+    row = {"id": "a", "tp": 8, "rate": {LL: 0.3 * full_rate(800)}}
+    assert run(chooser, [row]).sm_clock_mhz.tolist() == [800]
+    row["rate"] = {LL: 0.98 * full_rate(1980)}
+    choice = run(chooser, [row], ticks=20)
+    assert choice.sm_clock_mhz.tolist() == [1980]
+    row["rate"] = {LL: 0.3 * full_rate(800)}
+    assert run(chooser, [row], ticks=1).sm_clock_mhz.tolist() != [800]
+    assert run(chooser, [row]).sm_clock_mhz.tolist() == [800]
+
+
+def test_a_load_just_below_the_ceiling_does_not_make_clocks_swing():
+    chooser = ClockChooser({"m": table()}, one_pool())
+    row = {"id": "a", "tp": 8, "clock": 1200, "rate": {LL: 0.85 * full_rate(1200)}}
+    seen = set()
+    for _ in range(60):
+        run(chooser, [row], ticks=1)
+        seen.add(row["clock"])
+    assert len(seen) <= 2
+
+
+def test_a_pool_raises_as_few_instances_as_it_must():
+    rows = [{"id": f"i{n}", "tp": 8, "clock": 800, "rate": {LL: 0.97 * full_rate(800)}} for n in range(4)]
+    chooser = ClockChooser({"m": table()}, one_pool(), ClockSettings(idle_load=0.0))
+    clocks = run(chooser, rows).sm_clock_mhz
+    assert 1 <= np.count_nonzero(clocks > 800) < 4
+
+
+def test_an_instance_left_idle_by_the_router_goes_down_though_its_pool_is_busy():
+    rows = [
+        {"id": "busy", "tp": 8, "rate": {LL: 1.0 * full_rate(1980)}},
+        {"id": "idle", "tp": 8, "rate": {LL: 0.02 * full_rate(800)}},
+    ]
+    clocks = run(ClockChooser({"m": table()}, one_pool()), rows).sm_clock_mhz
+    assert clocks[1] == 800
+    assert clocks[0] > 800
+
+
+def test_slo_misses_lower_the_capacity_believed_and_spare_slack_raises_it():
+    rate = {LL: 0.7 * full_rate(1200)}
+    missing, sparing = (ClockChooser({"m": table()}, one_pool()) for _ in range(2))
+    bad = run(missing, [{"id": "a", "tp": 8, "clock": 1200, "rate": rate, "slack": -0.2}])
+    good = run(sparing, [{"id": "a", "tp": 8, "clock": 1200, "rate": rate, "slack": 0.6}])
+    assert bad.capacity_factor[0] == pytest.approx(0.7)
+    assert bad.sm_clock_mhz.tolist() == [1980]
+    assert good.capacity_factor[0] > 1.0
+    assert good.sm_clock_mhz[0] <= 1200
+
+
+def test_one_late_request_does_not_send_the_clock_to_the_top():
+    chooser = ClockChooser({"m": table()}, one_pool())
+    row = {"id": "a", "tp": 8, "rate": {LL: 0.4 * full_rate(800)}, "slack": 0.4}
+    run(chooser, [row])
+    row["slack"] = -0.5
+    assert run(chooser, [row], ticks=1).sm_clock_mhz.tolist() == [800]
+
+
+def test_only_ready_instances_change_and_pools_are_apart():
+    rows = [
+        {"id": "s", "pool": 0, "tp": 2, "clock": 1600, "state": InstanceState.STARTING},
+        {"id": "d", "pool": 8, "tp": 2, "clock": 1600, "state": InstanceState.DRAINING, "rate": {LL: 0.1}},
+        {"id": "r", "pool": 0, "tp": 2, "clock": 1600},
+    ]
+    choice = run(ClockChooser({"m": table()}, nine_pools()), rows)
+    assert choice.sm_clock_mhz.tolist() == [1600, 1600, 800]
+    assert np.isinf(choice.pool_load[8])  # it is given something and has nobody to serve it
+
+
+def test_what_is_remembered_follows_instances_that_come_and_go():
+    chooser = ClockChooser({"m": table()}, one_pool())
+    a = {"id": "a", "tp": 8, "rate": {LL: full_rate(1980)}, "slack": -1.0}
+    run(chooser, [a])
+    choice = chooser.choose(5.0, views([{"id": "b", "tp": 8}, a]))
+    assert choice.missed[0] == 0.0
+    assert choice.missed[1] > 0.8
+    assert len(chooser.choose(5.0, views([])).sm_clock_mhz) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 6))
+def test_raising_the_cheapest_gain_first_costs_at_most_one_step_more_than_the_best(seed, n):
+    rng = np.random.default_rng(seed)
+    fit = np.sort(rng.uniform(0.05, 1.0, (2, 3)), axis=1)
+    power = np.sort(rng.uniform(100.0, 900.0, (2, 3)), axis=1)
+    kind = rng.integers(0, 2, n)
+    now = rng.integers(0, 3, n)
+    enough = float(rng.uniform(0.1, 1.0)) * fit[kind].max(axis=1).sum()
+    step = _raise(fit, power, kind, now, enough)
+    assert fit[kind, step].sum() >= enough * (1 - 1e-9)
+    best = min(
+        power[kind, list(steps)].sum()
+        for steps in np.ndindex(*(3,) * n)
+        if fit[kind, list(steps)].sum() >= enough * (1 - 1e-9)
+    )
+    widest = (power.max(axis=1) - power.min(axis=1)).max()
+    assert power[kind, step].sum() <= best + widest + 1e-6
+
+
+def test_clocks_are_those_of_the_table():
+    rows = [{"id": "a", "tp": 4, "clock": 1111, "rate": {LL: 0.5}}]
+    assert run(ClockChooser({"m": table()}, one_pool()), rows).sm_clock_mhz[0] in CLOCKS
