@@ -53,16 +53,20 @@ class ControlLoop:
         observe: Callable[[float], Observation],
         apply: Callable[[Iterable[Action]], None],
         clock: Callable[[], float],
+        warm_up_s: float = 0.0,
     ) -> None:
+        """``warm_up_s``: how long to watch the traffic before the first decision."""
         self.decisions: deque[TickRecord] = deque(maxlen=KEPT_DECISIONS)
         self.ticks = 0
         self._controller = controller
         self._observe = observe
         self._apply = apply
         self._clock = clock
+        self._warm_up_s = warm_up_s
 
     async def run(self) -> None:
         """Tick until cancelled."""
+        await asyncio.sleep(self._warm_up_s)
         while True:
             try:
                 await self._tick_on()

@@ -65,7 +65,7 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
     controller, control = None, None
     if settings.controller.policy != "static":
         controller = ControllerProcess(controller_recipe(settings))
-        control = ControlLoop(controller, observer.observe, operations.apply, clock)
+        control = ControlLoop(controller, observer.observe, operations.apply, clock, settings.controller.warm_up_s)
     estimator = TokenEstimator(settings.slo.cuts)
     lengths = GatewayLengths(RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts)))
     return Application(

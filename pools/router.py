@@ -16,6 +16,7 @@ from heapq import heappop, heappush
 from pools import scoring
 from pools.escalation import Escalated, EscalationLimits, late
 from pools.fleet import Fleet, Flight, OpenPool
+from pools.instances import InstanceState
 from pools.outliers import EjectionLimits
 from pools.queue import QueueLimits, RequestQueue, Waiting
 from pools.request import Assigned, Decision, Queued, Rejected, RejectReason, Request
@@ -25,6 +26,7 @@ from pools.traffic import Traffic
 from pools.view import ClusterView, EngineLoad
 
 NOBODY: frozenset[str] = frozenset()
+COMING = frozenset({InstanceState.STARTING, InstanceState.PARKED})  # nothing yet, but worth waiting for
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Router:
         self.traffic = Traffic()
         self._paths: dict[str, list[Path]] = {}
         self._view: ClusterView | None = None
+        self._coming: frozenset[str] = frozenset()  # pools with an instance that will be READY
         self._refused: list[tuple[Request, Rejected]] = []  # since the last release
         self._freed: set[int] = set()  # instances something has left since
         self._whole_pass_s = 0.0
@@ -148,7 +151,8 @@ class Router:
 
     def _wait(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> Decision:
         """Let it wait; or refuse it, or one less important, where too many do."""
-        if not any(self.fleet.without(window, exclude) for pool in path.all for window in pool.windows):
+        served = any(self.fleet.without(window, exclude) for pool in path.all for window in pool.windows)
+        if not served and path.names.isdisjoint(self._coming):
             return Rejected(RejectReason.NO_ENDPOINTS, contended=False, retry_after_s=self.retry_after_s)
         queue = self.queue
         if not queue.admits(request.priority) or not queue.has_share(request.tenant):
@@ -283,6 +287,7 @@ class Router:
         if self._view is not None and view.version < self._view.version:
             return
         self._view = view
+        self._coming = frozenset(v.instance.pool for v in view.instances if v.instance.state in COMING)
         self._freed.clear()  # indices of the view before
         self.fleet.update(view)
         self._plan_paths()

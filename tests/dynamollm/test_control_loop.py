@@ -62,7 +62,9 @@ class EveryTen:
         return Effects(actions, Tick(tick.at_s + 10.0, Level.JOINT), notes)
 
 
-def loop_for(controller: EveryTen, seconds: float) -> tuple[ControlLoop, list[str], list[float]]:
+def loop_for(
+    controller: EveryTen, seconds: float, warm_up_s: float = 0.0
+) -> tuple[ControlLoop, list[str], list[float]]:
     applied: list[str] = []
     looked: list[float] = []
 
@@ -72,7 +74,9 @@ def loop_for(controller: EveryTen, seconds: float) -> tuple[ControlLoop, list[st
 
     async def main() -> ControlLoop:
         clock = asyncio.get_running_loop().time
-        loop = ControlLoop(controller, observe, lambda actions: applied.extend(a.instance_id for a in actions), clock)
+        loop = ControlLoop(
+            controller, observe, lambda actions: applied.extend(a.instance_id for a in actions), clock, warm_up_s
+        )
         task = asyncio.create_task(loop.run())
         await asyncio.sleep(seconds)
         task.cancel()
@@ -87,6 +91,11 @@ def test_it_looks_and_acts_when_the_controller_asks_for_it():
     assert applied == ["1", "3"]
     assert [record.at_s for record in loop.decisions] == [0.0, 20.0]
     assert loop.ticks == 4
+
+
+def test_it_watches_before_it_decides():
+    _, _, looked = loop_for(EveryTen(), 95.0, warm_up_s=60.0)
+    assert looked == [60.0, 70.0, 80.0, 90.0]
 
 
 def test_a_lost_controller_is_begun_again_and_the_cluster_waits():

@@ -68,6 +68,14 @@ def test_never_to_a_pool_that_does_not_dominate():
     assert router.route(request("a", MM), 0.0).reason is RejectReason.NO_ENDPOINTS
 
 
+@pytest.mark.parametrize("state", [InstanceState.STARTING, InstanceState.PARKED])
+def test_what_only_a_coming_instance_can_serve_waits_for_it(state):
+    router = router_of(with_states(cluster({MM: 1}), MM_0=state))
+    assert router.route(request("a"), 0.0) == Queued(1)
+    router.update(cluster({MM: 1}, version=2), 1.0)
+    assert router.release(1.0) == [(request("a"), Assigned("MM-0", "MM"))]
+
+
 def test_shares_of_the_plan_are_kept():
     router = router_of(cluster({SS: 1, LL: 1}, shares={(MODEL, SS): (("SS", 3.0), ("LL", 1.0))}))
     pools = [d.pool for d in fill(router, 40, request_class=SS)]
@@ -87,7 +95,7 @@ def test_a_pool_larger_than_a_window_is_used_whole():
 
 
 def test_unknown_model_is_not_the_same_as_no_endpoint():
-    router = router_of(with_states(cluster({MM: 1}), MM_0=InstanceState.STARTING))
+    router = router_of(with_states(cluster({MM: 1}), MM_0=InstanceState.DRAINING))
     unknown = router.route(request("a", model="nope"), 0.0)
     assert (unknown.reason, unknown.contended) == (RejectReason.UNKNOWN_MODEL, False)
     nowhere = router.route(request("b"), 0.0)
