@@ -60,6 +60,8 @@ class EnergyLedger:
         max_tenants: int = 1000,
     ) -> None:
         self.metered_j = 0.0  # settled, since the start
+        self.totals: dict[User, EnergyRow] = {}  # since the start, tenants left out
+        self.tenant_j: dict[str, float] = {}  # since the start
         self._carbon = carbon
         self._prices = prices
         self._offset_s = unix_offset_s
@@ -210,6 +212,9 @@ class EnergyLedger:
         else:
             sums.gpu_usd = sums.gpu_s / HOUR_S * hour_usd
         self._row(minute, user).add(sums)
+        self.totals.setdefault(User(user.model, user.pool, user.request_class, ""), EnergyRow()).add(sums)
+        if user.tenant:
+            self.tenant_j[user.tenant] = self.tenant_j.get(user.tenant, 0.0) + sums.energy_j
 
     def _forget(self, account: _Account, now_s: float) -> None:
         """Let go of requests that are settled, and of those nobody ever ended."""

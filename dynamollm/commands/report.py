@@ -62,7 +62,7 @@ def fetch(url: str, since_s: float, api_key: str | None) -> EnergyWindow:
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     address = url.rstrip("/").removesuffix("/v1") + PATH
     try:
-        answer = httpx.get(address, params={"since_s": since_s}, headers=headers, timeout=30.0)
+        answer = httpx.get(address, params={"since_s": since_s}, headers=headers, timeout=30.0, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UserError(f"--url {url}: {error or type(error).__name__}; is a gateway running there?") from None
     if answer.status_code in (401, 403):
