@@ -288,8 +288,9 @@ class Clock:
 class Running:
     """A gateway that listens."""
 
-    def __init__(self, gateway, router, directory, clock, outcomes, port):
-        self.gateway = gateway
+    def __init__(self, app, router, directory, clock, outcomes, port):
+        self.app = app
+        self.gateway = gateway = app.state.gateway
         self.router = router
         self.directory = directory
         self.clock = clock
@@ -411,7 +412,7 @@ async def running(*engines, settings=None, services=None, **overrides):
     server = await loop.create_server(lambda: gateway.protocol(config, state, {}, loop), "127.0.0.1", 0)
     gateway.start()
     try:
-        yield Running(gateway, router, directory, clock, outcomes, server.sockets[0].getsockname()[1])
+        yield Running(config.app, router, directory, clock, outcomes, server.sockets[0].getsockname()[1])
     finally:
         server.close()
         await gateway.stop()
