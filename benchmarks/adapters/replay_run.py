@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.adapters.clock import MonotonicClock
 from benchmarks.adapters.http_streams import HttpStreams, Target
-from benchmarks.adapters.target_facts import first_model, gpu_energy_j, probe_tokens
+from benchmarks.adapters.target_facts import TargetError, energy_counter_j, first_model, probe_tokens
 from benchmarks.replay import Outcome, Replay, ReplayRequest
 from benchmarks.replay_body import RequestBodies
 from benchmarks.replay_report import ReplayReport, Tally
@@ -33,7 +33,7 @@ class ReplayOrder:
     chat: bool = True
     speedup: float = 1.0
     timeout_s: float = 600.0
-    gpu_telemetry: str | None = None  # URL of DCGM-style metrics
+    gpu_telemetry: str | None = None  # URL of metrics with the GPUs' energy; None: the target's own, if it tells
     slos: ClassSlos = field(default_factory=ClassSlos)
 
 
@@ -46,7 +46,7 @@ async def run_replay(order: ReplayOrder, on_done: Callable[[int], None] = lambda
     model = order.model or await first_model(order.target)
     probes = RequestBodies(model, order.chat)
     bodies = RequestBodies(model, order.chat, await probe_tokens(order.target, probes, clock), probes.text)
-    energy_before_j = None if order.gpu_telemetry is None else await gpu_energy_j(order.gpu_telemetry)
+    energy_before_j = await _energy_j(order)
 
     tally = Tally(order.slos)
     streams = HttpStreams(order.target, bodies.path, bodies.render, clock, order.timeout_s)
@@ -62,7 +62,7 @@ async def run_replay(order: ReplayOrder, on_done: Callable[[int], None] = lambda
         await replay.run()
     wall_s = clock.now_s() - began_s
     streams.close()
-    energy_after_j = None if order.gpu_telemetry is None else await gpu_energy_j(order.gpu_telemetry)
+    energy_after_j = await _energy_j(order)
     return tally.report(
         trace=order.trace,
         url=order.target.url,
@@ -72,6 +72,16 @@ async def run_replay(order: ReplayOrder, on_done: Callable[[int], None] = lambda
         wall_s=wall_s,
         gpu_energy_j=None if energy_before_j is None or energy_after_j is None else energy_after_j - energy_before_j,
     )
+
+
+async def _energy_j(order: ReplayOrder) -> float | None:
+    """The GPUs' energy so far; None if nobody was named who must tell, and the target does not."""
+    if order.gpu_telemetry is not None:
+        return await energy_counter_j(order.gpu_telemetry)
+    try:
+        return await energy_counter_j(f"{order.target.url}/metrics")
+    except TargetError:
+        return None
 
 
 @contextlib.contextmanager

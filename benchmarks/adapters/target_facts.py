@@ -10,7 +10,10 @@ from benchmarks.replay_prompt import Calibration, calibrated
 
 PROBE_WORDS = (16, 272)
 _PROBE_TIMEOUT_S = 120.0
-ENERGY_COUNTER = "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION"  # mJ
+ENERGY_COUNTERS = {  # name -> joules of its unit
+    "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION": 1e-3,  # of each GPU: DCGM, our node agents, emulated nodes
+    "dynamollm_metered_joules": 1.0,  # of all GPUs: a dynamollm gateway
+}
 
 
 class TargetError(Exception):
@@ -60,25 +63,22 @@ async def probe_tokens(target: Target, bodies: RequestBodies, clock: Clock) -> C
         raise TargetError(str(error)) from error
 
 
-async def gpu_energy_j(telemetry_url: str) -> float:
-    """The sum of all GPUs' energy counters at a DCGM-style metrics URL, in J. Raises TargetError."""
+async def energy_counter_j(metrics_url: str) -> float:
+    """What all GPUs behind a metrics URL have drawn so far, in J. Raises TargetError if it does not tell."""
     try:
         async with httpx.AsyncClient(timeout=10) as client:
-            answer = await client.get(telemetry_url)
+            answer = await client.get(metrics_url)
             answer.raise_for_status()
     except httpx.HTTPError as error:
-        raise TargetError(f"{telemetry_url} cannot be read: {error or type(error).__name__}") from error
+        raise TargetError(f"{metrics_url} cannot be read: {error or type(error).__name__}") from error
     try:
         families = list(text_string_to_metric_families(answer.text))
     except ValueError as error:
-        raise TargetError(f"{telemetry_url} is not in Prometheus' text format: {error}") from error
-    # the parser gives every counter the suffix that OpenMetrics wants
-    counters_mj = [
-        sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name.removesuffix("_total") == ENERGY_COUNTER
-    ]
-    if not counters_mj:
-        raise TargetError(f"{telemetry_url} exports no {ENERGY_COUNTER}")
-    return sum(counters_mj) / 1000
+        raise TargetError(f"{metrics_url} is not in Prometheus' text format: {error}") from error
+    samples = [sample for family in families for sample in family.samples]
+    for name, joules in ENERGY_COUNTERS.items():
+        # the parser gives every counter the suffix that OpenMetrics wants
+        values = [sample.value for sample in samples if sample.name.removesuffix("_total") == name]
+        if values:
+            return sum(values) * joules
+    raise TargetError(f"{metrics_url} exports none of {', '.join(ENERGY_COUNTERS)}")

@@ -36,7 +36,11 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--api", type=click.Choice(("chat", "completions")), default="chat", show_default=True)
 @click.option("--api-key", envvar="OPENAI_API_KEY", show_envvar=True, help="Bearer key.")
 @click.option("--timeout", "timeout_s", type=POSITIVE, default=600.0, help="Seconds until a request is given up.")
-@click.option("--gpu-telemetry", metavar="URL", help="DCGM-style metrics to read the GPUs' energy counters from.")
+@click.option(
+    "--gpu-telemetry",
+    metavar="URL",
+    help="Metrics with the GPUs' energy counters (DCGM's names).  [default: the endpoint's, if it tells]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def command(
     trace: str,

@@ -16,7 +16,7 @@ from benchmarks.adapters.clock import MonotonicClock
 from benchmarks.adapters.http_connection import Connection
 from benchmarks.adapters.http_streams import HttpStreams, Target
 from benchmarks.adapters.replay_run import ReplayOrder, run_replay
-from benchmarks.adapters.target_facts import TargetError, first_model, gpu_energy_j, probe_tokens
+from benchmarks.adapters.target_facts import TargetError, energy_counter_j, first_model, probe_tokens
 from benchmarks.replay import Outcome, ReplayRequest
 from benchmarks.replay_body import RequestBodies
 from benchmarks.replay_prompt import PromptText
@@ -283,34 +283,56 @@ def test_a_target_that_cannot_be_replayed_against_says_why(set_up, says):
         with_server(lambda server: run_replay(ReplayOrder("t", arrivals(1), Target.of(server.url))), **set_up)
 
 
-def test_gpu_counters_are_summed_over_the_replay():
-    values = iter(["1000", "4000"])
+class Metered(ScriptedServer):
+    """Each scrape of its metrics is the next of these texts."""
 
-    class Telemetry(ScriptedServer):
-        @property
-        def telemetry(self):
-            name = "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION"
-            value = next(values)
-            return f'# TYPE {name} counter\n{name}{{gpu="0",hostname="n{{0}}"}} {value}\n{name}{{gpu="1"}} 1e6\n'
+    def __init__(self, *texts: str):
+        super().__init__()
+        self._texts = iter(texts)
 
-        @telemetry.setter
-        def telemetry(self, value):
-            pass
+    @property
+    def telemetry(self):
+        return next(self._texts)
 
+    @telemetry.setter
+    def telemetry(self, value):
+        pass
+
+
+def gpus(first_mj: int) -> str:
+    name = "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION"
+    return f'# TYPE {name} counter\n{name}{{gpu="0",hostname="n{{0}}"}} {first_mj}\n{name}{{gpu="1"}} 1e6\n'
+
+
+def gateway(metered_j: int) -> str:
+    name = "dynamollm_metered_joules"
+    return f"# TYPE {name}_total counter\n{name}_total {metered_j}\n"
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("texts", "energy_j"),
+    [((gpus(1000), gpus(4000)), 3), ((gateway(7), gateway(19)), 12), (("up 1\n", "up 1\n"), None)],
+)
+def test_the_gpus_energy_is_what_their_counters_grew_by(named, texts, energy_j):
     async def main():
-        async with Telemetry().running() as server:
-            order = ReplayOrder("t", arrivals(2), Target.of(server.url), gpu_telemetry=f"{server.url}/metrics")
-            return await run_replay(order)
+        async with Metered(*texts).running() as server:
+            telemetry = f"{server.url}/metrics" if named else None
+            return await run_replay(ReplayOrder("t", arrivals(2), Target.of(server.url), gpu_telemetry=telemetry))
 
-    assert asyncio.run(main()).gpu_energy_j == 3.0
+    if named and energy_j is None:
+        with pytest.raises(TargetError, match="exports none of"):
+            asyncio.run(main())
+    else:
+        assert asyncio.run(main()).gpu_energy_j == energy_j
 
 
 @pytest.mark.parametrize(
-    ("telemetry", "says"), [("up 1\n", "exports no DCGM_FI_DEV_TOTAL_ENERGY"), ("<html>\n", "not in Prometheus")]
+    ("telemetry", "says"), [("up 1\n", "exports none of DCGM_FI_DEV_TOTAL_ENERGY"), ("<html>\n", "not in Prometheus")]
 )
 def test_telemetry_without_the_counter_says_so(telemetry, says):
     with pytest.raises(TargetError, match=says):
-        with_server(lambda server: gpu_energy_j(f"{server.url}/metrics"), telemetry=telemetry)
+        with_server(lambda server: energy_counter_j(f"{server.url}/metrics"), telemetry=telemetry)
 
 
 def test_a_replay_accounts_for_every_request():
