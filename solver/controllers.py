@@ -100,11 +100,10 @@ class PlanningController:
         self._settings = settings or ControlSettings()
         self._pools = tuple(pools)
         self.candidates: Candidates = candidates(tables, pools, policy.knobs)
-        self._planner = Planner(
-            self.candidates, self._settings.changes, self._settings.cluster_costs, self._settings.limits
-        )
+        self._planner = self._make_planner(self.candidates)
         self._forecaster = forecaster or SlotForecaster(CLASSES * len(tables))
         self._provision = provision
+        self._tables = tables
         self._epoch = epoch
         self._stopwatch = stopwatch
         self._chooser = ClockChooser(tables, pools, self._settings.clocks) if policy.scale_clocks else None
@@ -121,6 +120,10 @@ class PlanningController:
         self._recent_rps = np.zeros(CLASSES * len(tables))
         self._restriction = Restriction()
         self._capacity = np.ones(len(self._pools))
+
+    def _make_planner(self, choices: Candidates) -> Planner:
+        settings = self._settings
+        return Planner(choices, settings.changes, settings.cluster_costs, settings.limits)
 
     def first_tick(self, now_s: float) -> Tick:
         """All levels at once, now."""
@@ -211,10 +214,12 @@ class PlanningController:
         """Provide once; afterwards only the TP mix may change within what each pool was given."""
         assert self._provision is not None  # checked when it was made
         if self.plan is None:
-            whole = max(self.candidates.shape_tp)
+            whole = replace(self.policy.knobs, tps=(int(self.candidates.shape_tp.max()),))
+            usual, self._planner = self._planner, self._make_planner(candidates(self._tables, self._pools, whole))
             notes = [self._solve(self._provision, observation, float("inf"))]
+            self._planner = usual
             if self.plan is not None:
-                gpus = np.array([float(-(-self.plan.gpus(pool.name) // whole) * whole) for pool in self._pools])
+                gpus = np.array([float(self.plan.gpus(pool.name)) for pool in self._pools])
                 self._restriction = Restriction((gpus, gpus))
             return notes
         if not self.policy.scale_shards:

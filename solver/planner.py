@@ -21,6 +21,7 @@ from solver.problem import NodeRoom, PlanProblem, PlanSolution, Shapes, SolveSta
 READY = STATE_CODE[InstanceState.READY]
 STARTING = STATE_CODE[InstanceState.STARTING]
 PARKED = STATE_CODE[InstanceState.PARKED]
+_NOTHING = 1.0 - 1e-6  # share left out at which a plan serves nothing of a demand
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +147,8 @@ class Planner:
         if not solution.found:
             why = f"greedy, because {solution.reason}"
             solution = solve_greedy(problem, limits)
-        if not solution.found:
-            return Planned(solution, f"the last plan stays: {why}; {solution.reason}", 0.0)
+        if not solution.found or np.all(solution.unserved > _NOTHING):
+            return Planned(PlanSolution(SolveStatus.NONE), f"the last plan stays: {why}; {solution.reason}", 0.0)
         left_out = float(solution.unserved @ problem.reserve_rps)
         served = 1.0 - left_out / max(float(problem.reserve_rps.sum()), 1e-9)
         return Planned(solution, why or self._changes_in_words(problem, solution), served)
