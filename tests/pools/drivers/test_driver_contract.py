@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from vllm_examples import stand_in_driver
 
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
 from pools.drivers.fake import FakeDriver
@@ -33,7 +34,7 @@ def emulator() -> EmulatorDriver:
     return EmulatorDriver(machines, {MODEL: EmulatedModel(PROFILE)}, startup_s=0.02, wake_s=0.02)
 
 
-DRIVERS: dict[str, Callable[[], InstanceDriver]] = {"fake": fake, "emulator": emulator}
+DRIVERS: dict[str, Callable[[], InstanceDriver]] = {"fake": fake, "emulator": emulator, "vllm": stand_in_driver}
 
 
 def spec(
