@@ -29,6 +29,31 @@ class StepTimes:
     sharpness: float
 
 
+def at_clock(times: StepTimes, gpu: GpuPhysics, sm_clock_mhz: float) -> StepCoefficients:
+    """Coefficients of a step at a clock: times stretched and powers scaled by the GPU's clock law.
+
+    Powers are per unit of activity, and activity is counted in time that the clock has already stretched.
+    """
+    slower, memory_slower = gpu.compute_slowdown(sm_clock_mhz), gpu.memory_slowdown(sm_clock_mhz)
+    scale = gpu.dynamic_scale(sm_clock_mhz)
+    return StepCoefficients(
+        overhead_s=times.overhead_s,
+        host_s_per_seq=times.host_s_per_seq,
+        compute_s_per_token=times.compute_s_per_token * slower,
+        attention_s_per_token2=times.attention_s_per_token2 * slower,
+        weights_s=times.weights_s * memory_slower,
+        kv_s_per_token=times.kv_s_per_token * memory_slower,
+        communication_s=times.communication_s,
+        communication_s_per_token=times.communication_s_per_token,
+        sharpness=times.sharpness,
+        idle_w=gpu.idle_w(sm_clock_mhz),
+        active_w=gpu.active_w * scale,
+        compute_w=gpu.compute_w * scale,
+        memory_w=gpu.memory_w * gpu.memory_power_scale(sm_clock_mhz),
+        max_w=gpu.board_w,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Validity:
     """Where the fit has data: outside it the profile extrapolates."""
@@ -85,28 +110,8 @@ class FittedProfile:
     def step(self, tp: int, sm_clock_mhz: float) -> StepCoefficients:
         """Coefficients at this TP and clock. Raises ``ProfileRangeError`` for a TP or clock it does not hold."""
         times = self._of_tp(self.times, tp)
-        gpu = self.physics
         self._check_clock(sm_clock_mhz)
-        slower = gpu.compute_slowdown(sm_clock_mhz)
-        memory_slower = gpu.memory_slowdown(sm_clock_mhz)
-        scale = gpu.dynamic_scale(sm_clock_mhz)
-        # power per unit of activity; the activity itself is counted in time already stretched by the clock
-        return StepCoefficients(
-            overhead_s=times.overhead_s,
-            host_s_per_seq=times.host_s_per_seq,
-            compute_s_per_token=times.compute_s_per_token * slower,
-            attention_s_per_token2=times.attention_s_per_token2 * slower,
-            weights_s=times.weights_s * memory_slower,
-            kv_s_per_token=times.kv_s_per_token * memory_slower,
-            communication_s=times.communication_s,
-            communication_s_per_token=times.communication_s_per_token,
-            sharpness=times.sharpness,
-            idle_w=gpu.idle_w(sm_clock_mhz),
-            active_w=gpu.active_w * scale,
-            compute_w=gpu.compute_w * scale,
-            memory_w=gpu.memory_w * gpu.memory_power_scale(sm_clock_mhz),
-            max_w=gpu.board_w,
-        )
+        return at_clock(times, self.physics, sm_clock_mhz)
 
     def kv_capacity_tokens(self, tp: int) -> int:
         """Tokens of KV cache of one instance. Raises ``ProfileRangeError`` for a TP it does not hold."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from energy.profile import StepCoefficients, step_power_w, step_time_s
 from simulator.batching import NO_SLOT, BatchState, EngineLimits, complete, enqueue, schedule
-from simulator.compiled import compile_tree
+from simulator.compiled import compile_trees
 from simulator.runs import advance, quadratic_through, run_length, steps_until, sum_of_steps
 
 Floats = NDArray[np.float64]
@@ -107,7 +107,7 @@ def serve_alone(
 ) -> Marks:
     """Serve these requests on one engine; energy is counted from the arrival of request ``counted_from`` on."""
     if not _compiled:  # compiling takes seconds: only when it is first needed
-        _compiled.append(compile_tree(_serve))
+        _compiled.extend(compile_trees(_serve))
     n = len(arrival_s)
     marks = Marks(np.zeros(n), np.zeros(n), np.zeros(GAP_BUCKETS), np.zeros(2))
     _compiled[0](_batch_of(limits, arrival_s, input_tokens, output_tokens), limits, c, counted_from, marks)

@@ -37,8 +37,16 @@ def profile_path(name_or_path: str | Path) -> Path:
 
 
 def load_profile(name_or_path: str | Path) -> EnergyProfile:
-    """Read a profile, shipped or by path. Raises ``ProfileError`` naming the file and key that are wrong."""
-    return load_fitted(name_or_path)
+    """Read a profile: shipped, a profile file, or a CSV of one's own sweep (fitted as it is read: seconds).
+
+    Raises ``ProfileError`` naming the file and the key or line that is wrong.
+    """
+    path = profile_path(name_or_path)
+    if path.suffix == ".csv":
+        from energy.adapters.measured_file import load_measured  # brings SciPy along: only when it is needed
+
+        return load_measured(path)
+    return load_fitted(path)
 
 
 def load_fitted(name_or_path: str | Path) -> FittedProfile:

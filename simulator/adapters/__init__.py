@@ -1,0 +1,1 @@
+"""What of simulator/ reads and writes files."""
