@@ -77,7 +77,8 @@ class Metering:
             drawn_w = interval.energy_j / (interval.end_s - interval.begin_s)
             power_w[interval.instance.id] = power_w.get(interval.instance.id, 0.0) + drawn_w
         self._power_w = power_w
-        self._ledger.settle(now_s)
+        for _ in self._ledger.settling(now_s):
+            await asyncio.sleep(0)  # requests first
 
 
 class HeldGpus:

@@ -95,8 +95,17 @@ class EnergyRow:
 
     def add(self, other: "EnergyRow") -> None:
         """Add another's sums."""
-        for name in EnergyRow.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.requests += other.requests
+        self.input_tokens += other.input_tokens
+        self.output_tokens += other.output_tokens
+        self.prefill_j += other.prefill_j
+        self.decode_j += other.decode_j
+        self.idle_j += other.idle_j
+        self.transition_j += other.transition_j
+        self.gpu_s += other.gpu_s
+        self.co2_g += other.co2_g
+        self.gpu_usd += other.gpu_usd
+        self.electricity_usd += other.electricity_usd
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,15 @@ of the profile, and never more than the meter says.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from energy.accounting import Interval, User
 from energy.accounting_work import prefill_j, prefill_s, token_j, token_s
 from energy.profile import StepCoefficients
 
 Span = tuple[float, float]  # from, to
+Floats = NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -37,7 +41,7 @@ class Serving:
         One whose first token was not seen is taken to have been worked on as soon as it was sent: an answer that is
         not streamed shows none, and who asks this late (``SETTLE_S``) has seen those of the others.
         """
-        alone_s = prefill_s(c, self.input_tokens)
+        alone_s: float = prefill_s(c, self.input_tokens)
         end_s = float("inf") if self.end_s is None else self.end_s
         if self.first_token_s is None:
             first_s = min(self.begin_s + alone_s, end_s)
@@ -63,70 +67,64 @@ class Attribution:
     scale: float | None
 
 
-def attribute(interval: Interval, servings: Iterable[Serving]) -> Attribution:
+def attribute(interval: Interval, servings: Sequence[Serving]) -> Attribution:
     """Share an interval's energy among these requests. The parts and the rest sum to it exactly (to rounding)."""
     c = interval.instance.coefficients
-    if c is None:
+    if c is None or not servings:
         return Attribution((), interval.energy_j, None)
-    works, spans = _works(interval, c, list(servings))
-    total_j = sum(prefill_work_j + decode_work_j for _, prefill_work_j, decode_work_j in works)
+    works = _works(interval, c, servings)
+    total_j = float(works.prefill_j.sum() + works.decode_j.sum())
     if total_j <= 0.0:
         return Attribution((), interval.energy_j, None)
-    idle_s = (interval.end_s - interval.begin_s) - _covered_s(spans)
+    idle_s = (interval.end_s - interval.begin_s) - works.busy_s
     idle_j = min(interval.energy_j, idle_s * interval.instance.idle_w * interval.instance.gpus)
     scale = (interval.energy_j - idle_j) / total_j
-    parts = tuple(Part(s, prefill * scale, decode * scale) for s, prefill, decode in works)
-    return Attribution(parts, idle_j, scale)
+    shares = zip(servings, (works.prefill_j * scale).tolist(), (works.decode_j * scale).tolist(), strict=True)
+    return Attribution(tuple(Part(*share) for share in shares if share[1] or share[2]), idle_j, scale)
 
 
-def _works(
-    interval: Interval, c: StepCoefficients, servings: Sequence[Serving]
-) -> tuple[list[tuple[Serving, float, float]], list[Span]]:
-    """Expected joules of each request in the interval, prefill and decode, and the stretches of time they took."""
-    gpus, here = interval.instance.gpus, (interval.begin_s, interval.end_s)
-    known = [(s, s.spans(c)) for s in servings]
-    decoded = [_overlap(decode, here) for _, (_, decode) in known]
-    worked = [_overlap(prefill, here) for _, (prefill, _) in known]
-    stalls = _merged(worked)
-    prompts = sum(
-        _length_s(part) / _length_s(prefill)
-        for part, (_, (prefill, _)) in zip(worked, known, strict=True)
-        if _length_s(part) > 0.0
-    )
-    prompts_per_s = prompts / sum(map(_length_s, stalls)) if stalls else 0.0  # of stalled time: a token each
-    decode_s = sum(map(_length_s, decoded))
+@dataclass(frozen=True, slots=True)
+class _Works:
+    """Expected joules of each request in an interval, and for how long any of them was at work."""
+
+    prefill_j: Floats
+    decode_j: Floats
+    busy_s: float
+
+
+def _works(interval: Interval, c: StepCoefficients, servings: Sequence[Serving]) -> _Works:
+    gpus, begin_s, end_s = interval.instance.gpus, interval.begin_s, interval.end_s
+    spans = np.array([[*prefill, decode[1]] for prefill, decode in (s.spans(c) for s in servings)])
+    tokens = np.array([s.input_tokens for s in servings], dtype=np.float64)
+    # columns: prefill begins, first token, end; those of the interval are cut to it
+    cut = np.clip(spans, begin_s, end_s)
+    prefilling_s = cut[:, 1] - cut[:, 0]
+    decoding_s = np.maximum(cut[:, 2] - cut[:, 1], 0.0)
+
+    stalls = _merged(cut[:, :2])
+    decode_s = float(decoding_s.sum())
     # mean number that decode while any does
-    batch = decode_s / _covered_s(decoded) if decode_s else 1.0
-    works = []
-    for (s, (prefill, decode)), prefilling, decoding in zip(known, worked, decoded, strict=True):
-        prefill_work_j = decode_work_j = 0.0
-        if (here_s := _length_s(prefilling)) > 0.0:
-            prefill_work_j = (
-                here_s / _length_s(prefill) * prefill_j(c, gpus, s.input_tokens, batch if decode_s else 0.0)
-            )
-        if _length_s(decoding) > 0.0:
-            stalled_s = sum(_length_s(_overlap(decoding, stall)) for stall in stalls)
-            tokens = (_length_s(decoding) - stalled_s) / token_s(c, batch, s.input_tokens) + stalled_s * prompts_per_s
-            so_far = (0.5 * (decoding[0] + decoding[1]) - decode[0]) / token_s(c, batch, s.input_tokens)
-            decode_work_j = tokens * token_j(c, gpus, batch, s.input_tokens + so_far)
-        if prefill_work_j or decode_work_j:
-            works.append((s, prefill_work_j, decode_work_j))
-    return works, [*worked, *decoded]
+    batch = decode_s / _covered_s(_merged(cut[:, 1:])) if decode_s > 0.0 else 0.0
+    share = np.divide(prefilling_s, spans[:, 1] - spans[:, 0], out=np.zeros_like(tokens), where=prefilling_s > 0.0)
+    prefill_work_j = share * prefill_j(c, gpus, tokens, batch)
+    if decode_s == 0.0:
+        return _Works(prefill_work_j, np.zeros_like(tokens), _covered_s(stalls))
+
+    # while a prompt is worked on, the others get one token each, not one a step of their own
+    stalled_s = _covered_before(stalls, cut[:, 2]) - _covered_before(stalls, cut[:, 1])
+    stalled_s = np.where(decoding_s > 0.0, stalled_s, 0.0)
+    prompts_per_s = float(share.sum()) / _covered_s(stalls) if stalls else 0.0
+    own_s = token_s(c, batch, tokens)
+    decoded = (decoding_s - stalled_s) / own_s + stalled_s * prompts_per_s
+    so_far = np.maximum(0.5 * (cut[:, 1] + cut[:, 2]) - spans[:, 1], 0.0) / own_s
+    decode_work_j = np.where(decoding_s > 0.0, decoded * token_j(c, gpus, batch, tokens + so_far), 0.0)
+    return _Works(prefill_work_j, decode_work_j, _covered_s(_merged([*cut[:, :2], *cut[:, 1:]])))
 
 
-def _overlap(span: Span, within: Span) -> Span:
-    from_s = min(max(span[0], within[0]), within[1])
-    return from_s, max(from_s, min(span[1], within[1]))
-
-
-def _length_s(span: Span) -> float:
-    return span[1] - span[0]
-
-
-def _merged(spans: Iterable[Span]) -> list[Span]:
-    """The spans as stretches that do not touch."""
+def _merged(spans: Iterable[Floats]) -> list[Span]:
+    """The spans as stretches that do not touch, ascending."""
     merged: list[Span] = []
-    for from_s, to_s in sorted(span for span in spans if span[1] > span[0]):
+    for from_s, to_s in sorted((float(span[0]), float(span[1])) for span in spans if span[1] > span[0]):
         if merged and from_s <= merged[-1][1]:
             merged[-1] = merged[-1][0], max(merged[-1][1], to_s)
         else:
@@ -134,6 +132,17 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def _covered_s(spans: Iterable[Span]) -> float:
-    """Time covered by at least one of the spans."""
-    return sum(map(_length_s, _merged(spans)))
+def _covered_s(merged: Sequence[Span]) -> float:
+    """Time in these stretches."""
+    return sum(to_s - from_s for from_s, to_s in merged)
+
+
+def _covered_before(merged: Sequence[Span], at_s: Floats) -> Floats:
+    """Time in these stretches before each of these moments."""
+    if not merged:
+        return np.zeros_like(at_s)
+    edges = np.array(merged)
+    lengths = edges[:, 1] - edges[:, 0]
+    covered = np.column_stack((np.cumsum(lengths) - lengths, np.cumsum(lengths)))
+    before_s: Floats = np.interp(at_s, edges.ravel(), covered.ravel())
+    return before_s

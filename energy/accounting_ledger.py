@@ -8,7 +8,7 @@ carbon intensity of their minute.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from energy.profile import StepCoefficients
 MINUTE_S = 60.0
 SETTLE_S = 3.0  # longer than a prompt takes (the longest TTFT promised is 2 s)
 FORGET_S = 7200.0
+LATE_S = 300.0  # what a meter says later than this after a request's end is no more booked to it
 OTHER = "other"
 _FORMAT = 1
 
@@ -159,12 +160,18 @@ class EnergyLedger:
 
     def settle(self, now_s: float, wait_s: float = SETTLE_S) -> None:
         """Book the intervals that ended ``wait_s`` ago. Call after each reading of the meters."""
+        for _ in self.settling(now_s, wait_s):
+            pass
+
+    def settling(self, now_s: float, wait_s: float = SETTLE_S) -> Iterator[None]:
+        """Do what ``settle`` does, instance by instance, for those who have other things to do in between."""
         for instance_id, account in tuple(self._accounts.items()):
             while account.open and account.open[0].end_s <= now_s - wait_s:
                 self._settle(account, account.open.popleft())
             self._forget(account, now_s)
             if not account.servings and not account.open and account.settled_s < now_s - FORGET_S:
                 del self._accounts[instance_id]
+            yield
         self._trim(now_s)
 
     def _settle(self, account: _Account, interval: Interval) -> None:
@@ -173,12 +180,15 @@ class EnergyLedger:
             if attribution.scale is not None:
                 account.scale = attribution.scale
             minute = self._unix_minute(piece.begin_s)
+            by_user: dict[User, EnergyRow] = {}
             for part in attribution.parts:
                 part.serving.prefill_j += part.prefill_j
                 part.serving.decode_j += part.decode_j
-                self._book(
-                    minute, part.serving.user, EnergyRow(prefill_j=part.prefill_j, decode_j=part.decode_j), piece
-                )
+                sums = by_user.setdefault(part.serving.user, EnergyRow())
+                sums.prefill_j += part.prefill_j
+                sums.decode_j += part.decode_j
+            for user, sums in by_user.items():
+                self._book(minute, user, sums, piece)
             instance = piece.instance
             rest = EnergyRow(idle_j=attribution.rest_j)
             if instance.use is Use.TRANSITION:
@@ -221,7 +231,7 @@ class EnergyLedger:
         kept = []
         for serving in account.servings:
             running = serving.end_s is None and serving.begin_s >= now_s - FORGET_S
-            unsettled = serving.end_s is not None and max(account.settled_s, now_s - FORGET_S) < serving.end_s
+            unsettled = serving.end_s is not None and max(account.settled_s, now_s - LATE_S) < serving.end_s
             if running or unsettled:
                 kept.append(serving)
             elif self._servings.get(serving.id) is serving:
