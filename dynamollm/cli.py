@@ -14,6 +14,8 @@ from dynamollm.errors import UserError
 # name -> one-line help; listed here so that `dynamollm --help` imports no subcommand
 COMMANDS: dict[str, str] = {
     "serve": "Serve the OpenAI-compatible endpoint over a cluster.",
+    "status": "Show pools, instances, clocks, load and power of a running gateway.",
+    "explain": "Show what the controller of a running gateway decided, and why.",
     "config": "Show, check or describe the configuration.",
     "replay": "Replay a request trace against an endpoint and report latency, SLOs and energy.",
     "simulate": "Run policies over a trace in virtual time and compare energy, cost and SLOs.",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from solver.control import Action, Diagnostic, Effects, Observation, Tick
+from solver.control import Action, Diagnostic, Effects, Level, Observation, Tick
 
 log = logging.getLogger("dynamollm.control")
 
@@ -32,6 +32,26 @@ class AsyncController(Protocol):
 
     async def on_tick(self, tick: Tick, observation: Observation) -> Effects:
         """Decide. Raises ``ControllerLostError``."""
+
+    async def close(self) -> None:
+        """Let go of what it runs in."""
+
+
+class StaticController:
+    """Keeps the cluster as it is configured: looks every 5 s, for status, and decides nothing."""
+
+    PERIOD_S = 5.0
+
+    async def first_tick(self, now_s: float) -> Tick:
+        """Now."""
+        return Tick(now_s, Level.INSTANCE)
+
+    async def on_tick(self, tick: Tick, observation: Observation) -> Effects:
+        """Nothing."""
+        return Effects((), Tick(observation.now_s + self.PERIOD_S, Level.INSTANCE))
+
+    async def close(self) -> None:
+        """Nothing to close."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +78,7 @@ class ControlLoop:
         """``warm_up_s``: how long to watch the traffic before the first decision."""
         self.decisions: deque[TickRecord] = deque(maxlen=KEPT_DECISIONS)
         self.ticks = 0
+        self.observation: Observation | None = None  # the last one
         self._controller = controller
         self._observe = observe
         self._apply = apply
@@ -79,7 +100,8 @@ class ControlLoop:
         while True:
             await asyncio.sleep(max(tick.at_s - self._clock(), 0.0))
             now_s = self._clock()
-            effects = await self._controller.on_tick(tick, self._observe(now_s))
+            self.observation = self._observe(now_s)
+            effects = await self._controller.on_tick(tick, self.observation)
             self.ticks += 1
             if effects.actions or effects.diagnostics:
                 took_s = self._clock() - now_s

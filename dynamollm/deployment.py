@@ -52,6 +52,7 @@ class Deployment:
         self._addresses: dict[str, Address] = {}
         self._counts: dict[str, int] = {}
         self._ready_at_s: dict[str, float] = {}
+        self._ordered_mhz: dict[str, int] = {}
         self._shares: dict[tuple[str, RequestClass], tuple[tuple[str, float], ...]] = {}
         self._version = 0
 
@@ -114,17 +115,23 @@ class Deployment:
             del self.instances[instance.id]
             del self._addresses[instance.id]
             self._ready_at_s.pop(instance.id, None)
+            self._ordered_mhz.pop(instance.id, None)
             self.placement.release(instance.gpus)
         else:
             self.instances[instance.id] = instance
         self._version += 1
         return instance
 
-    def set_sm_clock(self, instance_id: str, sm_clock_mhz: int) -> None:
-        """Take in the clock now in force on an instance's GPUs; unknown instances are ignored."""
+    def set_sm_clock(self, instance_id: str, ordered_mhz: int, in_force_mhz: int) -> None:
+        """Take in a clock: what was ordered, and the supported one that is in force; unknown instances are ignored."""
         if (instance := self.instances.get(instance_id)) is not None:
-            self.instances[instance_id] = replace(instance, sm_clock_mhz=sm_clock_mhz)
+            self.instances[instance_id] = replace(instance, sm_clock_mhz=in_force_mhz)
+            self._ordered_mhz[instance_id] = ordered_mhz
             self._version += 1
+
+    def ordered_sm_clock_mhz(self, instance_id: str) -> int:
+        """The clock last ordered for an instance: what a controller compares with, as GPUs round to their own steps."""
+        return self._ordered_mhz.get(instance_id, self.instances[instance_id].sm_clock_mhz)
 
     def set_pool(self, instance_id: str, pool_name: str) -> None:
         """Let an instance serve in another pool from now on; unknown instances are ignored."""

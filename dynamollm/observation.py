@@ -100,7 +100,7 @@ class Observer:
             node=_ints(names.index(i.gpus[0].node) for i in instances),
             tp=_ints(i.shape.tp for i in instances),
             state=_ints(STATE_CODE[i.state] for i in instances),
-            sm_clock_mhz=_ints(i.sm_clock_mhz for i in instances),
+            sm_clock_mhz=_ints(deployment.ordered_sm_clock_mhz(i.id) for i in instances),
             ready_at_s=np.array([deployment.ready_at_s(i.id) for i in instances], dtype=np.float64),
             class_rate_rps=given.reshape(-1, CLASSES) / window_s,
             running=np.array([row.running for row in rows], dtype=np.float64),

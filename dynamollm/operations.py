@@ -218,10 +218,11 @@ class Operations:
         self._cluster.publish()
 
     async def _set_clock(self, instance_id: str, sm_clock_mhz: int) -> None:
-        instance = self._deployment.instances.get(instance_id)
-        if instance is None or instance.sm_clock_mhz == sm_clock_mhz:
+        deployment = self._deployment
+        if instance_id not in deployment.instances or deployment.ordered_sm_clock_mhz(instance_id) == sm_clock_mhz:
             return
-        self._deployment.set_sm_clock(instance_id, await self._driver.set_sm_clock(instance_id, sm_clock_mhz))
+        in_force_mhz = await self._driver.set_sm_clock(instance_id, sm_clock_mhz)
+        deployment.set_sm_clock(instance_id, sm_clock_mhz, in_force_mhz)
         self._cluster.publish()
 
     async def _park(self, action: Park) -> None:
@@ -235,9 +236,9 @@ class Operations:
         if self._state(action.instance_id) is not InstanceState.PARKED:
             return
         # the clock first: a request admitted at the parked clock would miss its SLO
-        await self._driver.set_sm_clock(action.instance_id, action.sm_clock_mhz)
+        in_force_mhz = await self._driver.set_sm_clock(action.instance_id, action.sm_clock_mhz)
         await self._driver.wake(action.instance_id)
-        self._deployment.set_sm_clock(action.instance_id, action.sm_clock_mhz)
+        self._deployment.set_sm_clock(action.instance_id, action.sm_clock_mhz, in_force_mhz)
         self._cluster.take_in(InstanceEvent(action.instance_id, InstanceState.READY))
 
     async def _route(self, action: Route) -> None:

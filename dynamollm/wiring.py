@@ -8,7 +8,7 @@ from pathlib import Path
 from dynamollm.adapters.clock import monotonic_s
 from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.adapters.engine_probe import HttpEngineProbe
-from dynamollm.control_loop import ControlLoop
+from dynamollm.control_loop import AsyncController, ControlLoop, StaticController
 from dynamollm.deployment import Deployment, node_names
 from dynamollm.errors import UserError
 from dynamollm.learning import GatewayLengths, GatewayTokens
@@ -49,8 +49,10 @@ class Application:
     services: GatewayServices
     probe: HttpEngineProbe
     operations: Operations
-    control: ControlLoop | None  # None: static
-    controller: ControllerProcess | None
+    control: ControlLoop
+    controller: AsyncController
+    router: Router
+    clock: Callable[[], float]
 
 
 def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Application:
@@ -62,10 +64,8 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
     runner = Runner(deployment, driver, router, probe, clock, startup_s=settings.driver.startup_s)
     operations = Operations(deployment, driver, runner, clock)
     observer = Observer(deployment, router, clock())
-    controller, control = None, None
-    if settings.controller.policy != "static":
-        controller = ControllerProcess(controller_recipe(settings))
-        control = ControlLoop(controller, observer.observe, operations.apply, clock, settings.controller.warm_up_s)
+    controller = build_controller(settings)
+    control = ControlLoop(controller, observer.observe, operations.apply, clock, settings.controller.warm_up_s)
     estimator = TokenEstimator(settings.slo.cuts)
     lengths = GatewayLengths(RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts)))
     return Application(
@@ -87,7 +87,16 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
         operations=operations,
         control=control,
         controller=controller,
+        router=router,
+        clock=clock,
     )
+
+
+def build_controller(settings: Settings) -> AsyncController:
+    """Who decides."""
+    if settings.controller.policy == "static":
+        return StaticController()
+    return ControllerProcess(controller_recipe(settings))
 
 
 @dataclass(frozen=True, slots=True)

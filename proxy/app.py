@@ -4,10 +4,10 @@ The relayed routes are listed here for their documentation, but served by ``prox
 ASGI; one that arrives here is on a server that does not run that protocol, and is told so.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -19,8 +19,11 @@ from proxy.openapi import CHAT_OPERATION, COMPLETION_OPERATION
 from proxy.services import ServedModel
 
 
-def create_app(gateway: Gateway) -> FastAPI:
-    """The application beside the relayed path of ``gateway``; it starts and stops the gateway with itself."""
+def create_app(gateway: Gateway, admin: APIRouter | None = None) -> FastAPI:
+    """The application beside the relayed path of ``gateway``; it starts and stops the gateway with itself.
+
+    ``admin`` holds further routes, for operators; they are under ``/admin`` and want an API key as the others do.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -38,6 +41,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     _add_models(app, gateway)
     _add_health(app, gateway)
     _add_relayed(app)
+    if admin is not None:
+        app.include_router(admin, prefix="/admin", tags=["operation"], dependencies=[Depends(_authorizer(gateway))])
     return app
 
 
@@ -68,9 +73,15 @@ def _add_errors(app: FastAPI) -> None:
         return error_response(ApiError(500, "The gateway failed to answer this request", "Internal Server Error"))
 
 
-def _add_models(app: FastAPI, gateway: Gateway) -> None:
+def _authorizer(gateway: Gateway) -> Callable[[Request], None]:
     def authorize(request: Request) -> None:
         gateway.authorize(request.headers.get("authorization", "").encode("latin-1"))
+
+    return authorize
+
+
+def _add_models(app: FastAPI, gateway: Gateway) -> None:
+    authorize = _authorizer(gateway)
 
     def card(model: ServedModel) -> dict[str, object]:
         return {

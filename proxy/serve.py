@@ -4,6 +4,7 @@ import gc
 import socket
 
 import uvicorn
+from fastapi import APIRouter
 
 from proxy.app import create_app
 from proxy.gateway import Gateway
@@ -13,11 +14,13 @@ _GC_THRESHOLDS = (50_000, 20, 100)  # the relayed path makes no cycles: collect 
 _BACKLOG = 4096
 
 
-def gateway_config(services: GatewayServices, shutdown_grace_s: float = 30.0) -> uvicorn.Config:
-    """The configuration of ``uvicorn.Server`` for one gateway process."""
+def gateway_config(
+    services: GatewayServices, shutdown_grace_s: float = 30.0, admin: APIRouter | None = None
+) -> uvicorn.Config:
+    """The configuration of ``uvicorn.Server`` for one gateway process; ``admin`` as in ``create_app``."""
     gateway = Gateway(services)
     return uvicorn.Config(
-        create_app(gateway),
+        create_app(gateway, admin),
         http=gateway.protocol,
         ws="none",
         loop="uvloop",

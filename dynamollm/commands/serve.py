@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynamollm.adapters.configuration import load
+from dynamollm.admin import admin_routes
 from dynamollm.commands.config import config_option
 from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
@@ -50,7 +51,7 @@ def command(config_file: Path | None, host: str | None, port: int | None, verbos
         ) from None
     with contextlib.suppress(KeyboardInterrupt), listener:
         url = "http://{}:{}".format(*listener.getsockname()[:2])
-        server = uvicorn.Server(gateway_config(application.services, place.shutdown_grace_s))
+        server = uvicorn.Server(gateway_config(application.services, place.shutdown_grace_s, admin_routes(application)))
         uvloop.run(_serve(application, server, [listener], url))
 
 
@@ -79,12 +80,10 @@ async def _run_cluster(application: Application) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(application.runner.run())
             await application.runner.settled()
-            if application.control is not None:
-                tasks.create_task(application.control.run())
+            tasks.create_task(application.control.run())
     finally:
         await application.operations.close()
-        if application.controller is not None:
-            await application.controller.close()
+        await application.controller.close()
 
 
 def _planned(settings: Settings) -> str:

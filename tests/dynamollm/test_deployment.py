@@ -64,7 +64,7 @@ def test_the_view_prices_each_instance_at_its_present_clock(deployment, profile)
     deployment.put(started(spec, InstanceState.STARTING))
     assert not deployment.servable("llama-3.1-70b")
     deployment.change(InstanceEvent(spec.id, InstanceState.READY))
-    deployment.set_sm_clock(spec.id, profile.sm_clocks_mhz[0])
+    deployment.set_sm_clock(spec.id, 800, profile.sm_clocks_mhz[0])
     view = deployment.routing_view(7.0)
     assert view.as_of_s == 7.0
     assert view.instances[0].step == profile.step(8, profile.sm_clocks_mhz[0])
@@ -78,7 +78,7 @@ def test_every_change_makes_a_new_version_and_pools_keep_their_class(deployment)
     spec = deployment.specify("ML")
     deployment.put(started(spec))
     versions.append(deployment.routing_view(0.0).version)
-    deployment.set_sm_clock(spec.id, 1200)
+    deployment.set_sm_clock(spec.id, 1200, 1200)
     versions.append(deployment.routing_view(0.0).version)
     assert versions == sorted(set(versions))
     assert deployment.routing_view(0.0).pools[5].request_class is RequestClass.ML
@@ -86,7 +86,7 @@ def test_every_change_makes_a_new_version_and_pools_keep_their_class(deployment)
 
 def test_what_is_unknown_is_ignored(deployment):
     assert deployment.change(InstanceEvent("nobody", InstanceState.READY)) is None
-    deployment.set_sm_clock("nobody", 1000)
+    deployment.set_sm_clock("nobody", 1000, 1000)
 
 
 def test_machines_of_one_kind_have_names_of_their_own(profile):
@@ -94,3 +94,12 @@ def test_machines_of_one_kind_have_names_of_their_own(profile):
     two = dataclasses.replace(settings, nodes=(dataclasses.replace(settings.nodes[0], count=1), settings.nodes[0]))
     names = Deployment(two, {"llama-3.1-70b": profile}).placement.nodes
     assert names == {"h100": 8, "h100-0": 8, "h100-1": 8, "h100-2": 8, "h100-3": 8}
+
+
+def test_a_controller_sees_the_clock_it_ordered_though_the_gpu_rounds_it(deployment):
+    spec = deployment.specify("LL")
+    deployment.put(started(spec))
+    assert deployment.ordered_sm_clock_mhz(spec.id) == spec.sm_clock_mhz
+    deployment.set_sm_clock(spec.id, 1000, 1005)
+    assert deployment.ordered_sm_clock_mhz(spec.id) == 1000
+    assert deployment.instances[spec.id].sm_clock_mhz == 1005
