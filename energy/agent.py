@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from energy.gpu import ClockLock, Gpu, GpuError, GpuReading, NoSuchGpuError, read, snap_lock
+from energy.gpu import ClockLock, Gpu, GpuDriverError, GpuError, GpuReading, NoSuchGpuError, read, snap_lock
 from energy.leases import Lease, LeaseTable
 
 log = logging.getLogger("dynamollm.agent")
@@ -126,7 +126,10 @@ class NodeAgent:
         return restored
 
     def tick(self, now_s: float) -> None:
-        """Reset the GPUs whose lease ran out, and set again the locks that somebody else undid. Call every second."""
+        """Reset the GPUs whose lease ran out, and set again the locks that somebody else undid. Call every second.
+
+        Raises ``GpuDriverError`` when the driver went away: an agent started anew finds it again, and the orphans.
+        """
         for uuid in self._leases.lapsed(now_s):
             held = self._leases.leases[uuid]
             log.warning("GPU %s: %s was silent for %g s; back to default clocks", uuid, held.holder, held.ttl_s)
@@ -154,6 +157,8 @@ class NodeAgent:
                 self.drifts += 1
                 log.warning("GPU %d runs above its lock of %s; setting it again", gpu.index, lock)
                 gpu.lock_sm_clocks(lock)
+        except GpuDriverError:
+            raise
         except GpuError as error:
             self._count(error)
             log.warning("GPU %d: cannot check its clock: %s", gpu.index, error)

@@ -7,9 +7,9 @@ event loop, one after the other. With a token, everything but ``/health`` asks f
 import asyncio
 import hmac
 import json
+import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -21,6 +21,8 @@ from energy import agent_wire as wire
 from energy.agent import NodeAgent
 from energy.dcgm import dcgm_text
 from energy.gpu import GpuError, GpuUnsupportedError
+
+log = logging.getLogger("dynamollm.agent")
 
 CALL_BUCKETS_S = (0.00001, 0.0001, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 JSON = b"application/json"
@@ -73,7 +75,11 @@ class AgentMetrics(Collector):
 
 
 class AgentApp:
-    """The ASGI application. ``on_tick`` is called after each tick (for a watchdog)."""
+    """The ASGI application.
+
+    ``on_tick`` is called after each tick (for a watchdog); ``on_failure`` when ticking has failed, and leases would
+    never run out again: the process must end.
+    """
 
     def __init__(
         self,
@@ -83,12 +89,14 @@ class AgentApp:
         token: str | None = None,
         tick_s: float = 1.0,
         on_tick: Callable[[], None] = lambda: None,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._agent = agent
         self._clock = clock
         self._token = token
         self._tick_s = tick_s
         self._on_tick = on_tick
+        self._on_failure = on_failure
         self._registry = times.registry
         self._registry.register(AgentMetrics(agent))
         self._routes: dict[tuple[str, str], Callable[[wire.Query], Answer]] = {
@@ -116,16 +124,20 @@ class AgentApp:
         await send({"type": "lifespan.startup.complete"})
         await receive()
         ticking.cancel()
-        with suppress(asyncio.CancelledError):
-            await ticking
+        await asyncio.gather(ticking, return_exceptions=True)
         self._agent.release_all(self._clock())
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _tick(self) -> None:
-        while True:
-            self._agent.tick(self._clock())
-            self._on_tick()
-            await asyncio.sleep(self._tick_s)
+        try:
+            while True:
+                self._agent.tick(self._clock())
+                self._on_tick()
+                await asyncio.sleep(self._tick_s)
+        except Exception:
+            log.exception("the agent cannot watch its leases any more; it ends")
+            self._on_failure()
+            raise
 
     def _answer(self, scope: Message) -> Answer:
         method, path = scope["method"], scope["path"]

@@ -5,6 +5,7 @@ systemd when it is ready, and then with every tick, so that one that hangs is ki
 """
 
 import os
+import signal
 import socket
 import stat
 import time
@@ -48,7 +49,7 @@ def run(options: AgentOptions) -> None:
         listener = _listen(options)
         tick_s = min(1.0, options.ttl_s / _TICKS_A_TTL)
         notify = _Notifier(os.environ.get("NOTIFY_SOCKET"))
-        app = AgentApp(agent, time.monotonic, times, options.token, tick_s, notify.alive)
+        app = AgentApp(agent, time.monotonic, times, options.token, tick_s, notify.alive, _end)
         config = uvicorn.Config(
             app, lifespan="on", ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=1
         )
@@ -99,6 +100,11 @@ def _address(listener: socket.socket) -> str:
         return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _end() -> None:
+    """As if told to from outside: locks are reset on the way."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Notifier:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("nvml_stub.c")
 MAX_GPUS = 16
-NO_PERMISSION, DRIVER_NOT_LOADED, GPU_IS_LOST, NOT_SUPPORTED = 4, 9, 15, 3
+UNINITIALIZED, NOT_SUPPORTED, NO_PERMISSION, DRIVER_NOT_LOADED, GPU_IS_LOST = 1, 3, 4, 9, 15
 
 
 class StubGpu(ctypes.Structure):
@@ -56,6 +56,7 @@ class StubMachine:
     def __init__(self, folder: Path, library: Path, count: int = 4) -> None:
         self.path = folder / "nvml-state"
         self.library = library
+        self.extra_environment: dict[str, str] = {}
         self.path.write_bytes(bytes(ctypes.sizeof(StubState)))
         with self.path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
@@ -75,4 +76,5 @@ class StubMachine:
     @property
     def environment(self) -> dict[str, str]:
         """For a child process that shall find this machine."""
-        return {**os.environ, "LD_LIBRARY_PATH": str(self.library.parent), "NVML_STUB_STATE": str(self.path)}
+        found = {"LD_LIBRARY_PATH": str(self.library.parent), "NVML_STUB_STATE": str(self.path)}
+        return {**os.environ, **found, **self.extra_environment}

@@ -1,12 +1,14 @@
 """Real processes over stub GPUs, killed with clocks locked: afterwards every GPU is back at its default clocks."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 from agents import agent_command, started, wait_until
+from nvml_stub import DRIVER_NOT_LOADED, UNINITIALIZED
 
 from energy.adapters.agent_client import AgentClient
 from energy.gpu import ClockLock, GpuAgentError
@@ -50,15 +52,19 @@ def test_kill_minus_9_of_the_controller(machine, command):
 
 
 def test_kill_minus_9_of_the_agent(machine, command):
-    with started(command, machine) as (process, address), AgentClient(address, "controller") as client:
+    with started(command, machine) as (process, address):
+        client = AgentClient(address, "controller")
         client.lock((0, 1, 2, 3), ClockLock(990, 990))
         process.kill()
         process.wait()
         assert machine.locks == SLOW, "a lock outlives the process that set it"
         with pytest.raises(GpuAgentError):
             client.renew()
-    with started(command, machine):
+    with started(command, machine), client:
         assert machine.locks == DEFAULT, "reset before the first request is answered"
+        assert client.renew() == (0, 1, 2, 3), "and the controller learns that it has to lock again"
+        client.lock((2,), ClockLock(990, 990))
+        assert machine.locks[2] == (990, 990)
 
 
 def test_kill_minus_9_of_the_agent_and_what_systemd_runs_after_it(machine, command):
@@ -95,3 +101,32 @@ def test_kill_minus_9_of_both(machine, command):
         assert client.renew() == ()
         client.lock((0,), ClockLock(990, 990))  # and serves again
         assert machine.locks == [(990, 990), *DEFAULT[1:]]
+
+
+def test_a_driver_that_goes_away_ends_the_agent_and_the_next_finds_the_orphans(machine, command):
+    with started(command, machine) as (process, address), AgentClient(address, "controller") as client:
+        client.lock((0, 1), ClockLock(990, 990))
+        for gpu in machine.gpus:
+            gpu.read_error = gpu.write_error = UNINITIALIZED
+        process.wait(timeout=10.0)
+        assert machine.locks[:2] == SLOW[:2], "nothing could be reset"
+    for gpu in machine.gpus:
+        gpu.read_error = gpu.write_error = 0
+    with started(command, machine):
+        assert machine.locks == DEFAULT
+
+
+def test_without_a_driver_it_says_so_and_does_not_start(machine, command):
+    machine.state.init_error = DRIVER_NOT_LOADED
+    refused = subprocess.run(command, env=machine.environment, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("dynamollm: NVML: init: the NVIDIA kernel driver is not loaded")
+
+
+def test_systemd_is_told_when_it_serves_and_that_it_lives(machine, command, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(tmp_path / "notify.sock"))
+        notified.settimeout(10.0)
+        machine.extra_environment["NOTIFY_SOCKET"] = str(tmp_path / "notify.sock")
+        with started(command, machine):
+            assert [notified.recv(100) for _ in range(3)] == [b"READY=1\nWATCHDOG=1"] * 3
