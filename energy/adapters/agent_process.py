@@ -47,6 +47,7 @@ def run(options: AgentOptions) -> None:
     with _agent(options, times) as agent:
         agent.restore_orphans(time.monotonic())
         listener = _listen(options)
+        listener.listen()  # who connects from here on is answered once the server is up
         tick_s = min(1.0, options.ttl_s / _TICKS_A_TTL)
         notify = _Notifier(os.environ.get("NOTIFY_SOCKET"))
         app = AgentApp(agent, time.monotonic, times, options.token, tick_s, notify.alive, _end)
