@@ -81,7 +81,7 @@ class Workload:
 
     name: str
     duration_s: float
-    expected_requests: float  # exact for a recorded trace, an expectation for a generated one
+    expected_requests: float  # exact for a recorded trace, else an expectation; of a window, by its share of time
     begin: Callable[[], Iterator[Arrivals]]
     starts_unix_s: float | None = None
     assumptions: tuple[str, ...] = ()
