@@ -5,6 +5,7 @@ Joins ``pools`` and ``proxy`` to ``energy``, which knows nothing of either. On a
 
 from energy.accounting import User
 from energy.accounting_ledger import EnergyLedger
+from pools.escalation import Escalated
 from pools.request import Assigned, Decision, Rejected, Request
 from proxy.outcome import Outcome
 from proxy.services import Router
@@ -34,6 +35,14 @@ class AccountedRouter:
             if isinstance(decision, Assigned):
                 self._began(request, decision, now_s)
         return released
+
+    def escalate(self, now_s: float) -> list[Escalated]:
+        """As the router takes late requests elsewhere."""
+        escalated = self._router.escalate(now_s)
+        for moved in escalated:
+            if isinstance(moved.decision, Assigned):
+                self._began(moved.request, moved.decision, now_s)
+        return escalated
 
     def on_first_token(self, request_id: str, now_s: float) -> None:
         """Its first token came."""

@@ -8,7 +8,8 @@ import math
 from dataclasses import fields
 from enum import Enum
 
-from fastapi import APIRouter
+import msgspec
+from fastapi import APIRouter, Response
 
 from dynamollm.control_loop import TickRecord
 from dynamollm.operations import OperationRecord
@@ -37,6 +38,12 @@ def admin_routes(application: Application) -> APIRouter:
             "ticks": [describe_tick(record, now_s) for record in ticks],
             "operations": [describe_operation(record, now_s) for record in operations],
         }
+
+    @routes.get("/energy")
+    async def energy(since_s: float = 3600.0) -> Response:
+        """What requests, idle GPUs and transitions took since then; `dynamollm report` prints it."""
+        window = application.ledger.window(since_s, application.clock())
+        return Response(msgspec.json.encode(window), media_type="application/json")
 
     return routes
 

@@ -39,6 +39,8 @@ class ModelSettings:
     tokenizer_file: str | None = None  # a Hugging Face tokenizer.json; without it, tokens are estimated
     chat_template_file: str | None = None
     max_model_len: Annotated[int, Field(ge=1)] = 131_072
+    path: str | None = None  # vllm: weights, a directory or a Hub name; None: the name
+    vllm_arguments: tuple[str, ...] = ()  # vllm: added to the command line of its engines
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +75,32 @@ class SloSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class DriverSettings:
-    """What starts instances. ``emulator`` needs no GPU; ``attach`` routes to servers somebody else started."""
+class VllmSettings:
+    """How ``vllm serve`` processes are started on this machine, and who sets their GPUs' clocks."""
 
-    kind: Literal["emulator", "attach"] = "emulator"
+    command: str = "vllm"  # executable: a name on the path, or a path
+    arguments: tuple[str, ...] = ()  # added to every engine's command line
+    environment: dict[str, str] = field(default_factory=dict)  # added to every engine's environment
+    agents: dict[str, str] = field(default_factory=dict)  # node -> unix:/path or http://host:port of `dynamollm agent`
+    log_dir: str = "~/.local/state/dynamollm/log"  # a file for each instance
+    start_timeout_s: Seconds = 1800.0  # from starting the process to its first token
+    can_park: bool = True  # opens vLLM's development endpoints on its port, which put an engine to sleep
+
+
+@dataclass(frozen=True, slots=True)
+class DriverSettings:
+    """What starts instances.
+
+    ``emulator`` needs neither GPU nor vLLM; ``vllm`` starts real servers on this machine's GPUs; ``vllm-emulated``
+    starts real servers whose steps last as long as on the GPUs that ``nodes`` names; ``attach`` routes to servers
+    somebody else started.
+    """
+
+    kind: Literal["emulator", "vllm", "vllm-emulated", "attach"] = "emulator"
     startup_s: Annotated[float, Field(ge=0, le=3600)] = 2.0  # emulator: time an instance takes to load its weights
     processes: Annotated[int, Field(ge=1, le=64)] = 1  # emulator: processes that share the instances
     urls: dict[str, tuple[str, ...]] = field(default_factory=dict)  # attach: pool name -> base URLs
+    vllm: VllmSettings = field(default_factory=VllmSettings)
     seed: int = 0
 
 
@@ -95,6 +116,17 @@ class ControllerSettings:
     warm_up_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0  # traffic is watched this long before the first plan
     dwell_s: Seconds = 600.0  # how long a change is expected to last: over this time it must pay for itself
     transition_deadline_s: Seconds = 900.0  # a start or a drain that takes longer is abandoned
+
+
+@dataclass(frozen=True, slots=True)
+class EnergySettings:
+    """What energy costs, in CO2 and money. At most one of the three ``carbon_`` keys."""
+
+    carbon_region: str | None = None  # a cloud region's yearly mean; nothing set: us-west2, the paper's California
+    carbon_file: str | None = None  # hourly: CSV with columns timestamp and avg_CI, gCO2/kWh
+    carbon_g_per_kwh: Annotated[float, Field(ge=0, le=2000)] | None = None
+    gpu_hour_usd: dict[str, float] = field(default_factory=dict)  # over the shipped prices, by GPU name
+    electricity_usd_per_kwh: Annotated[float, Field(ge=0, le=10)] = 0.0  # 0: part of the rented GPU-hour
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +170,7 @@ class Settings:
     slo: SloSettings = field(default_factory=SloSettings)
     driver: DriverSettings = field(default_factory=DriverSettings)
     controller: ControllerSettings = field(default_factory=ControllerSettings)
+    energy: EnergySettings = field(default_factory=EnergySettings)
     objectives: tuple[ObjectiveSettings, ...] = ()
     auth: AuthSettings = field(default_factory=AuthSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
@@ -145,7 +178,13 @@ class Settings:
 
 def check(settings: Settings) -> list[str]:
     """Say where a tree of valid values contradicts itself; each problem with the path of its key."""
-    return [*_check_names(settings), *_check_pools(settings), *_check_slo(settings.slo), *_check_driver(settings)]
+    return [
+        *_check_names(settings),
+        *_check_pools(settings),
+        *_check_slo(settings.slo),
+        *_check_driver(settings),
+        *_check_energy(settings.energy),
+    ]
 
 
 def _check_names(settings: Settings) -> list[str]:
@@ -170,7 +209,7 @@ def _check_pools(settings: Settings) -> list[str]:
     for index, pool in enumerate(settings.pools):
         if pool.model not in models:
             problems.append(f"pools[{index}].model: {pool.model!r} is not among models: {', '.join(sorted(models))}")
-    if settings.driver.kind == "emulator":
+    if settings.driver.kind != "attach":
         problems += _check_gpus(settings)
     for model in settings.models:
         served = [RequestClass[pool.request_class] for pool in settings.pools if pool.model == model.name]
@@ -208,8 +247,42 @@ def _check_slo(slo: SloSettings) -> list[str]:
 
 
 def _check_driver(settings: Settings) -> list[str]:
-    if settings.driver.kind != "attach":
-        return ["driver.urls: only the attach driver takes URLs"] if settings.driver.urls else []
+    match settings.driver.kind:
+        case "attach":
+            return _check_attached(settings)
+        case "vllm" | "vllm-emulated":
+            problems = _check_vllm(settings)
+        case _:
+            problems = []
+    if settings.driver.urls:
+        problems.append("driver.urls: only the attach driver takes URLs")
+    return problems
+
+
+def _check_vllm(settings: Settings) -> list[str]:
+    agents, emulated = settings.driver.vllm.agents, settings.driver.kind == "vllm-emulated"
+    problems = []
+    if emulated and agents:
+        problems.append("driver.vllm.agents: an emulated device has no agent; its clocks are the driver's own")
+    if not emulated and sum(node.count for node in settings.nodes) > 1:
+        problems.append("nodes: the vllm driver starts processes on this machine: name one node, with count 1")
+    names = {node.name for node in settings.nodes}
+    problems += [f"driver.vllm.agents.{name}: no such node" for name in agents if name not in names]
+    problems += [
+        f"driver.vllm.agents.{name}: must begin with unix: or http://; found {address!r}"
+        for name, address in agents.items()
+        if not address.startswith(("unix:", "http://"))
+    ]
+    if not emulated and not agents:
+        problems += [
+            f"pools[{index}].sm_clock_mhz: nobody sets clocks; name the node's agent in driver.vllm.agents"
+            for index, pool in enumerate(settings.pools)
+            if pool.sm_clock_mhz is not None
+        ]
+    return problems
+
+
+def _check_attached(settings: Settings) -> list[str]:
     pools = {pool.name for pool in settings.pools}
     problems = [f"driver.urls.{name}: no such pool" for name in settings.driver.urls if name not in pools]
     for name, urls in settings.driver.urls.items():
@@ -223,3 +296,8 @@ def _check_driver(settings: Settings) -> list[str]:
     if not any(settings.driver.urls.values()):
         problems.append("driver.urls: the attach driver needs at least one URL")
     return problems
+
+
+def _check_energy(energy: EnergySettings) -> list[str]:
+    given = [key for key in ("carbon_region", "carbon_file", "carbon_g_per_kwh") if getattr(energy, key) is not None]
+    return [f"energy.{given[1]}: {given[0]} is given too; keep one"] if len(given) > 1 else []

@@ -1,23 +1,32 @@
 """Wiring: settings in, a gateway with its cluster out. The only file that names concrete classes and adapters."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamollm.adapters.clock import monotonic_s
+from dynamollm.accounts import AccountedRouter, GatewayAccounts
+from dynamollm.adapters.clock import monotonic_s, unix_offset_s
 from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.adapters.engine_probe import HttpEngineProbe
 from dynamollm.control_loop import AsyncController, ControlLoop, StaticController
 from dynamollm.deployment import Deployment, node_names
 from dynamollm.errors import UserError
 from dynamollm.learning import GatewayLengths, GatewayTokens
+from dynamollm.metering import HeldGpus, Metering
 from dynamollm.observation import Observer
 from dynamollm.operations import Operations
 from dynamollm.runner import Runner
-from dynamollm.settings import LimitSettings, Settings
+from dynamollm.settings import EnergySettings, LimitSettings, Settings
+from dynamollm.vllm_wiring import build_emulated_device_driver, build_vllm_driver
+from energy.accounting import GPU_HOUR_USD, Prices
+from energy.accounting_ledger import EnergyLedger
+from energy.accounting_metrics import LedgerMetrics
+from energy.adapters.agent_meter import Addresses, AgentMeter
 from energy.adapters.capacity_file import load_capacity
+from energy.adapters.carbon_file import read_hourly
 from energy.adapters.catalogue import load_profile
+from energy.carbon import CarbonError, CarbonIntensity, StaticIntensity, intensity_of_region
 from energy.profile import EnergyProfile, ProfileError
 from pools.adapters.tokenizer_files import load_tokenizer
 from pools.classes import ClassSlos, RequestClass
@@ -38,6 +47,8 @@ from solver.diff import DiffSettings
 from solver.planner import ChangeCosts
 from solver.policies import policies
 
+DEFAULT_REGION = "us-west2"  # California, the grid of the paper's carbon figures
+
 
 @dataclass(frozen=True, slots=True)
 class Application:
@@ -52,44 +63,75 @@ class Application:
     control: ControlLoop
     controller: AsyncController
     router: Router
+    ledger: EnergyLedger
+    metering: Metering | None  # None: nobody tells what the GPUs draw
     clock: Callable[[], float]
 
 
 def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Application:
-    """Put the application together; starts nothing. Raises ``UserError`` for a profile or a key file it cannot use."""
+    """Put the application together; starts nothing. Raises ``UserError`` for a profile or a file it cannot use."""
     deployment = Deployment(settings, load_profiles(settings))
     router = Router(router_limits(settings.limits))
     probe = HttpEngineProbe()
     driver = build_driver(settings)
+    agents = meter_addresses(driver)
     runner = Runner(deployment, driver, router, probe, clock, startup_s=settings.driver.startup_s)
     operations = Operations(deployment, driver, runner, clock)
-    observer = Observer(deployment, router, clock())
+    ledger = build_ledger(settings.energy)
+    accounts = GatewayAccounts(ledger)
+    metering = Metering(AgentMeter(agents), ledger, HeldGpus(deployment), clock) if agents else None
+    observer = Observer(deployment, router, clock(), metering.power_w if metering else dict)
     controller = build_controller(settings)
-    control = ControlLoop(controller, observer.observe, operations.apply, clock, settings.controller.warm_up_s)
     estimator = TokenEstimator(settings.slo.cuts)
     lengths = GatewayLengths(RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts)))
+    metrics = GatewayMetrics()
+    metrics.registry.register(LedgerMetrics(ledger))
     return Application(
         settings=settings,
         deployment=deployment,
         runner=runner,
         services=GatewayServices(
-            router=router,
+            router=AccountedRouter(router, ledger),
             directory=deployment,
             tokens=InputCounter(estimator, load_tokenizers(settings)),
             lengths=lengths,
-            metrics=GatewayMetrics(),
+            metrics=metrics,
             clock=clock,
             settings=proxy_settings(settings),
-            observers=(observer.on_outcome,),
+            observers=(accounts.book, observer.on_outcome),
             learners=(lengths.learn, GatewayTokens(estimator).learn),
+            energy_j=accounts.energy_j if metering else None,
         ),
         probe=probe,
         operations=operations,
-        control=control,
+        control=ControlLoop(controller, observer.observe, operations.apply, clock, settings.controller.warm_up_s),
         controller=controller,
         router=router,
+        ledger=ledger,
+        metering=metering,
         clock=clock,
     )
+
+
+def build_ledger(energy: EnergySettings) -> EnergyLedger:
+    """The books. Raises ``UserError`` for a region or a file it does not know."""
+    prices = Prices({**GPU_HOUR_USD, **energy.gpu_hour_usd}, energy.electricity_usd_per_kwh)
+    return EnergyLedger(build_carbon(energy), prices, unix_offset_s())
+
+
+def build_carbon(energy: EnergySettings) -> CarbonIntensity:
+    """The grid's carbon intensity. Raises ``UserError`` for a region or a file it does not know."""
+    if energy.carbon_g_per_kwh is not None:
+        return StaticIntensity(energy.carbon_g_per_kwh, "energy.carbon_g_per_kwh of the configuration")
+    try:
+        if energy.carbon_file is not None:
+            return read_hourly(Path(energy.carbon_file))
+    except (CarbonError, OSError) as error:
+        raise UserError(f"energy.carbon_file: {error}") from None
+    try:
+        return intensity_of_region(energy.carbon_region or DEFAULT_REGION)
+    except CarbonError as error:
+        raise UserError(f"energy.carbon_region: {error}") from None
 
 
 def build_controller(settings: Settings) -> AsyncController:
@@ -177,8 +219,13 @@ def load_tokenizers(settings: Settings) -> dict[str, ExactTokens]:
 def build_driver(settings: Settings) -> InstanceDriver:
     """What starts instances."""
     driver = settings.driver
-    if driver.kind == "attach":
-        return AttachDriver(driver.urls)
+    match driver.kind:
+        case "attach":
+            return AttachDriver(driver.urls)
+        case "vllm":
+            return build_vllm_driver(settings)
+        case "vllm-emulated":
+            return build_emulated_device_driver(settings)
     kinds = [(name, node) for node in settings.nodes for name in node_names(node)]
     return EmulatorDriver(
         [EmulatedMachine(name, node.gpu, node.gpus) for name, node in kinds],
@@ -190,6 +237,17 @@ def build_driver(settings: Settings) -> InstanceDriver:
         startup_s=driver.startup_s,
         seed=driver.seed,
     )
+
+
+def meter_addresses(driver: InstanceDriver) -> Addresses | None:
+    """Where the GPUs of a driver's nodes are read; None where nobody tells."""
+    if not isinstance(driver, EmulatorDriver):
+        return None
+
+    async def addresses() -> Collection[str]:
+        return (await driver.agent_urls()).values()
+
+    return addresses
 
 
 def router_limits(limits: LimitSettings) -> RouterLimits:

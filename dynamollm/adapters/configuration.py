@@ -1,7 +1,8 @@
 """Read the configuration: a YAML file (or the built-in one), then ``DYNAMOLLM_*`` variables over it.
 
 ``DYNAMOLLM_SERVER__PORT=9000`` sets ``server.port``; a double underscore steps into a section or a list index
-(``DYNAMOLLM_POOLS__0__TP=4``), and the value is read as YAML. ``DYNAMOLLM_DATA`` (folder of public data) is not a key.
+(``DYNAMOLLM_POOLS__0__TP=4``), and the value is read as YAML. ``DYNAMOLLM_DATA`` (folder of public data) and
+``DYNAMOLLM_VLLM`` (environment of a test vLLM) are no keys.
 """
 
 import re
@@ -16,7 +17,9 @@ from dynamollm.settings import Settings, check
 from dynamollm.validation import ConfigurationError, build
 
 PREFIX = "DYNAMOLLM_"
-NOT_KEYS = frozenset({"DYNAMOLLM_DATA", "DYNAMOLLM_CONFIG"})
+NOT_KEYS = frozenset({"DYNAMOLLM_DATA", "DYNAMOLLM_CONFIG", "DYNAMOLLM_VLLM"})
+DEFAULT = "default.yaml"
+BUILT_IN = {"vllm-emulated": "vllm-emulated.yaml"}  # by engine: real servers take a gigabyte each, so there are fewer
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,13 +40,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
-    """Return the validated settings of ``path`` (None: the built-in cluster) under the environment's overrides.
+def load(path: Path | None, environ: Mapping[str, str], engine: str | None = None) -> Settings:
+    """Return the validated settings of ``path`` (None: a built-in cluster) under the environment's overrides.
 
-    Raises ``ConfigurationError`` naming every problem with its path.
+    ``engine`` stands for ``driver.kind``, over both. Raises ``ConfigurationError`` naming every problem with its path.
     """
     source = str(path) if path else "built-in configuration"
-    plain = apply_environment(_read(path, source), environ)
+    plain = apply_environment(_read(path, source, BUILT_IN.get(engine or "", DEFAULT)), environ)
+    if engine is not None:
+        plain = _with(plain, ["driver", "kind"], engine, "--engine")
     settings = build(Settings, plain, source)
     problems = check(settings)
     if problems:
@@ -51,9 +56,9 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
     return settings
 
 
-def _read(path: Path | None, source: str) -> dict[str, Any]:
+def _read(path: Path | None, source: str, built_in: str) -> dict[str, Any]:
     try:
-        text = path.read_text() if path else files("dynamollm").joinpath("default.yaml").read_text()
+        text = path.read_text() if path else files("dynamollm").joinpath(built_in).read_text()
     except FileNotFoundError:
         raise ConfigurationError(source, ["no such file; `dynamollm config show` prints one to start from"]) from None
     except (OSError, UnicodeDecodeError) as error:

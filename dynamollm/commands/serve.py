@@ -26,15 +26,20 @@ from proxy.serve import calm_collector, gateway_config, listen
 
 @click.command()
 @config_option
+@click.option(
+    "--engine",
+    type=click.Choice(["emulator", "vllm", "vllm-emulated", "attach"]),
+    help="What runs the instances [default: driver.kind, emulator].",
+)
 @click.option("--host", help="Address to listen on [default: server.host, 127.0.0.1].")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on [default: server.port, 8080].")
 @click.option("--verbose", "-v", is_flag=True, help="Say what becomes of each instance.")
-def command(config_file: Path | None, host: str | None, port: int | None, verbose: bool) -> None:
+def command(config_file: Path | None, engine: str | None, host: str | None, port: int | None, verbose: bool) -> None:
     """Serve the OpenAI-compatible endpoint over a cluster.
 
     Without --config it brings up nine typed pools of emulated vLLM instances on this machine.
     """
-    settings = load(config_file, os.environ)
+    settings = load(config_file, os.environ, engine)
     place = settings.server
     place = dataclasses.replace(place, host=host or place.host, port=place.port if port is None else port)
     settings = dataclasses.replace(settings, server=place)
@@ -79,6 +84,8 @@ async def _run_cluster(application: Application) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(application.runner.run())
+            if application.metering is not None:
+                tasks.create_task(application.metering.run())
             await application.runner.settled()
             tasks.create_task(application.control.run())
     finally:

@@ -39,6 +39,17 @@ def test_the_built_in_cluster_is_valid_and_has_the_nine_pools():
     assert sum(node.gpus * node.count for node in settings.nodes) >= sum(p.tp * p.instances for p in settings.pools)
 
 
+def test_an_engine_chosen_on_the_command_line_stands_over_file_and_environment(tmp_path):
+    settings = load(write(tmp_path, SMALL), {"DYNAMOLLM_DRIVER__KIND": "emulator"}, engine="vllm")
+    assert settings.driver.kind == "vllm"
+
+
+def test_the_built_in_cluster_of_emulated_devices_is_valid_and_small():
+    settings = load(None, {}, engine="vllm-emulated")
+    assert settings.driver.kind == "vllm-emulated"
+    assert sum(pool.instances for pool in settings.pools) == 3  # each is a real server of more than a gigabyte
+
+
 def test_what_show_prints_is_a_configuration_that_gives_the_same_settings(tmp_path):
     shown = CliRunner().invoke(group, ["config", "show"], env={"DYNAMOLLM_SERVER__PORT": "9001"})
     assert shown.exit_code == 0, shown.output
@@ -89,7 +100,38 @@ def test_show_never_prints_a_key(tmp_path):
         ({"driver": {"kind": "attach"}}, "driver.urls: the attach driver needs at least one URL"),
         ({"driver": {"kind": "attach", "urls": {"x": ["http://h"]}}}, "driver.urls.x: no such pool"),
         ({"driver": {"kind": "attach", "urls": {"all": ["h:1"]}}}, "driver.urls.all[0]: must begin with http://"),
+        (
+            {"driver": {"kind": "attach", "urls": {"all": ["http://h"]}}},
+            "controller.policy: attached servers are not this gateway's to start or clock; use static",
+        ),
+        ({"energy": {"carbon_region": "x", "carbon_g_per_kwh": 1}}, "energy.carbon_g_per_kwh: carbon_region is given"),
+        ({"energy": {"electricity_usd_per_mwh": 1}}, "energy.electricity_usd_per_mwh: unknown key; did you mean"),
         ({"driver": {"urls": {"all": ["http://h"]}}}, "driver.urls: only the attach driver takes URLs"),
+        ({"driver": {"kind": "vllm", "urls": {"all": ["http://h"]}}}, "driver.urls: only the attach driver takes URLs"),
+        (
+            {"driver": {"kind": "vllm"}, "nodes": [{"name": "n", "count": 2}]},
+            "nodes: the vllm driver starts processes on",
+        ),
+        ({"driver": {"kind": "vllm", "vllm": {"agents": {"x": "unix:/a"}}}}, "driver.vllm.agents.x: no such node"),
+        (
+            {"driver": {"kind": "vllm", "vllm": {"agents": {"n": "h:1"}}}},
+            "driver.vllm.agents.n: must begin with unix: or http://; found 'h:1'",
+        ),
+        (
+            {"driver": {"kind": "vllm-emulated", "vllm": {"agents": {"n": "unix:/a"}}}},
+            "driver.vllm.agents: an emulated device has no agent",
+        ),
+        (
+            {"driver": {"kind": "vllm", "vllm": {"comand": "x"}}},
+            "driver.vllm.comand: unknown key; did you mean command?",
+        ),
+        (
+            {
+                "driver": {"kind": "vllm"},
+                "pools": [{"name": "p", "model": "m", "request_class": "LL", "tp": 8, "sm_clock_mhz": 1200}],
+            },
+            "pools[0].sm_clock_mhz: nobody sets clocks",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_place(tmp_path, change, expected):

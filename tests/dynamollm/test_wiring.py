@@ -1,0 +1,115 @@
+"""Wiring: what the settings say reaches the pieces; what they name and is not there is told with its key."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dynamollm import wiring
+from dynamollm.adapters.configuration import load
+from dynamollm.control_loop import StaticController
+from dynamollm.errors import UserError
+from dynamollm.settings import ControllerSettings, DriverSettings, EnergySettings, Settings
+from pools.drivers.attach import AttachDriver
+from pools.drivers.emulator import EmulatorDriver
+
+STATIC = ControllerSettings("static")
+
+
+def settings_with(**changes: object) -> Settings:
+    return dataclasses.replace(load(None, {}), **changes)
+
+
+def test_keys_of_the_configuration_and_of_the_file_are_both_taken(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("# operators\nsk-file  # alice\n\n")
+    auth = dataclasses.replace(load(None, {}).auth, api_keys=("sk-inline",), api_keys_file=str(keys))
+    assert wiring.proxy_settings(settings_with(auth=auth)).api_keys == ("sk-inline", "sk-file")
+
+
+def test_a_key_file_that_is_missing_or_empty_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"auth.api_keys_file: .*No such file"):
+        wiring.read_keys(str(tmp_path / "none"))
+    empty = tmp_path / "empty"
+    empty.write_text("# nothing\n")
+    with pytest.raises(UserError, match="holds no key"):
+        wiring.read_keys(str(empty))
+    assert wiring.read_keys(None) == ()
+
+
+def test_limits_and_slos_reach_gateway_and_router():
+    environ = {
+        "DYNAMOLLM_LIMITS__QUEUE_REQUESTS": "7",
+        "DYNAMOLLM_LIMITS__BODY_BYTES": "2048",
+        "DYNAMOLLM_SLO__TBT_S": "0.05",
+    }
+    settings = load(None, environ)
+    assert wiring.router_limits(settings.limits).queue.max_depth == 7
+    told = wiring.proxy_settings(settings)
+    assert told.limits.body_bytes == 2048
+    assert told.slos.tbt_s == 0.05
+    assert told.request_id_prefix != wiring.proxy_settings(settings).request_id_prefix
+
+
+def test_the_driver_is_the_one_asked_for():
+    assert isinstance(wiring.build_driver(load(None, {})), EmulatorDriver)
+    attach = DriverSettings("attach", urls={"LL": ("http://h:1",)})
+    driver = wiring.build_driver(settings_with(driver=attach, controller=STATIC))
+    assert isinstance(driver, AttachDriver)
+    assert wiring.meter_addresses(driver) is None
+    assert isinstance(wiring.build_controller(settings_with(controller=STATIC)), StaticController)
+
+
+def test_a_profile_that_cannot_serve_a_pool_is_refused_with_the_pool():
+    pools = load(None, {}).pools
+    wrong = dataclasses.replace(pools[0], tp=1)
+    with pytest.raises(UserError, match=r"pools\[0\].tp: profile .* holds for TP 2, 4, 8, not 1"):
+        wiring.load_profiles(settings_with(pools=(wrong, *pools[1:])))
+
+
+def test_a_tokenizer_file_is_read_or_refused_with_its_key(tmp_path):
+    model = load(None, {}).models[0]
+    missing = dataclasses.replace(model, tokenizer_file=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"models\[0\].tokenizer_file"):
+        wiring.load_tokenizers(settings_with(models=(missing,)))
+    words = {"hello": 0, "world": 1, "[UNK]": 2}
+    tokenizer = {
+        "version": "1.0",
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    counter = wiring.load_tokenizers(settings_with(models=(missing,)))[model.name]
+    assert counter.of_text("hello world hello") == 3
+
+
+@pytest.mark.parametrize(
+    ("energy", "told"),
+    [
+        (EnergySettings(carbon_region="mars"), "energy.carbon_region: no carbon intensity is known for region 'mars'"),
+        (EnergySettings(carbon_file="/nowhere.csv"), "energy.carbon_file: "),
+    ],
+)
+def test_carbon_that_is_not_known_is_refused(energy, told):
+    with pytest.raises(UserError, match=told):
+        wiring.build_carbon(energy)
+
+
+def test_carbon_comes_from_where_it_was_asked_for():
+    assert wiring.build_carbon(EnergySettings(carbon_g_per_kwh=12.5)).g_per_kwh(0.0) == 12.5
+    default = wiring.build_carbon(EnergySettings())
+    assert default.g_per_kwh(0.0) == wiring.build_carbon(EnergySettings(carbon_region="us-west2")).g_per_kwh(0.0)
+
+
+def test_the_application_is_put_together_without_starting_anything():
+    application = wiring.build(load(None, {}), clock=lambda: 5.0)
+    assert application.services.energy_j is not None
+    assert application.deployment.instances == {}
+    assert application.services.directory.models().keys() == {"llama-3.1-70b"}
+
+
+def test_an_application_without_meters_promises_no_energy():
+    attach = DriverSettings("attach", urls={"LL": ("http://h:1",)})
+    application = wiring.build(settings_with(driver=attach, controller=STATIC), clock=lambda: 5.0)
+    assert application.metering is None
+    assert application.services.energy_j is None
