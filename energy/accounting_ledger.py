@@ -75,6 +75,7 @@ class EnergyLedger:
         self._minutes: dict[int, dict[User, EnergyRow]] = {}  # by Unix minute, ascending
         self._rows = 0
         self._unpriced: set[str] = set()
+        self._tidied_s = float("-inf")
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -111,6 +112,8 @@ class EnergyLedger:
         row.requests += 1
         row.input_tokens += serving.input_tokens
         row.output_tokens += output_tokens or 0
+        if now_s > self._tidied_s + LATE_S:  # where nobody meters, nobody settles
+            self._tidy(now_s)
         return self._energy_j(serving, now_s, output_tokens)
 
     def energy_j(self, request_id: str, now_s: float, output_tokens: int | None = None) -> float | None:
@@ -165,13 +168,19 @@ class EnergyLedger:
 
     def settling(self, now_s: float, wait_s: float = SETTLE_S) -> Iterator[None]:
         """Do what ``settle`` does, instance by instance, for those who have other things to do in between."""
-        for instance_id, account in tuple(self._accounts.items()):
+        for account in tuple(self._accounts.values()):
             while account.open and account.open[0].end_s <= now_s - wait_s:
                 self._settle(account, account.open.popleft())
+            yield
+        self._tidy(now_s)
+
+    def _tidy(self, now_s: float) -> None:
+        """Let go of what is settled, over or too old."""
+        self._tidied_s = now_s
+        for instance_id, account in tuple(self._accounts.items()):
             self._forget(account, now_s)
             if not account.servings and not account.open and account.settled_s < now_s - FORGET_S:
                 del self._accounts[instance_id]
-            yield
         self._trim(now_s)
 
     def _settle(self, account: _Account, interval: Interval) -> None:
@@ -259,8 +268,9 @@ class EnergyLedger:
             self._rows -= len(self._minutes.pop(minute))
 
     def window(self, since_s: float, now_s: float) -> EnergyWindow:
-        """The last ``since_s`` seconds, from the start of the minute they begin in."""
-        first = self._unix_minute(now_s - since_s)
+        """The last ``since_s`` seconds (as far as they are kept), from the start of the minute they begin in."""
+        back_s = min(since_s, self._retention_s) if since_s > 0.0 else 0.0
+        first = self._unix_minute(now_s - back_s)
         sums: dict[User, EnergyRow] = {}
         for minute, rows in self._minutes.items():
             if minute >= first:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energy.accounting import Interval, MeteredInstance, Prices, Use, User
-from energy.accounting_ledger import MINUTE_S, SETTLE_S, EnergyLedger
+from energy.accounting_ledger import LATE_S, MINUTE_S, SETTLE_S, EnergyLedger
 from energy.accounting_work import prefill_s
 from energy.adapters.catalogue import load_profile
 from energy.carbon import StaticIntensity
@@ -187,6 +187,16 @@ def test_it_is_bounded():
     assert ledger.energy_j("never-0", 18_000.0) is None
 
 
+def test_where_nobody_meters_nothing_piles_up():
+    ledger = new_ledger()
+    for i in range(5000):
+        ledger.began(f"r{i}", User("llama", "LL", "LL", "t"), f"i-{i % 7}", 10, float(i))
+        assert ledger.ended(f"r{i}", i + 0.5, 10, 1) is None
+    kept = sum(len(account.servings) for account in ledger._accounts.values())
+    assert kept <= 2 * LATE_S + 7
+    assert total(ledger, "requests") == 5000
+
+
 def test_a_snapshot_restores_and_adds_up():
     jobs = jobs_of(np.random.default_rng(5), 30, 1.0)
     first = new_ledger()
@@ -210,3 +220,5 @@ def test_a_window_is_whole_minutes_up_to_now():
     window = ledger.window(since_s=150.0, now_s=600.0)
     assert (window.begin_unix_s, window.end_unix_s) == (420.0, 600.0)
     assert sum(r.row.energy_j for r in window.rows) == pytest.approx(300.0)
+    for since_s, minutes in ((float("inf"), 10), (float("nan"), 0), (-1.0, 0)):
+        assert sum(r.row.energy_j for r in ledger.window(since_s, 600.0).rows) == pytest.approx(100.0 * minutes)
