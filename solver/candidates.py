@@ -56,6 +56,7 @@ class Candidates:
     shape_model: IntArray  # (H,)
     shape_tp: IntArray  # (H,)
     shape_idle_w: FloatArray  # (H,) one loaded and idle instance at the highest clock
+    shape_full_w: FloatArray  # (H,) the same at work; what is in a re-shard is missed by that much
 
     def shape_of(self, model: int, tp: int) -> int:
         """The index of a shape. Raises ``ValueError`` if no candidate has it."""
@@ -102,6 +103,7 @@ class _Block:
     shape_model: IntArray
     shape_tp: IntArray
     shape_idle_w: FloatArray
+    shape_full_w: FloatArray
 
 
 def _model_block(
@@ -150,6 +152,7 @@ def _model_block(
         shape_model=np.full(len(tps), model, dtype=np.int64),
         shape_tp=tps.astype(np.int64),
         shape_idle_w=np.asarray(table.power_w(tps, clocks[-1], 0, 0.0)),
+        shape_full_w=table.power[t_axis, c_axis[-1], :, -1].max(axis=1),
     )
 
 
@@ -281,4 +284,5 @@ def _join(models: tuple[str, ...], pools: tuple[PoolView, ...], blocks: Sequence
         shape_model=ints("shape_model"),
         shape_tp=ints("shape_tp"),
         shape_idle_w=floats("shape_idle_w"),
+        shape_full_w=floats("shape_full_w"),
     )

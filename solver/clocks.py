@@ -7,9 +7,10 @@ begin at the lowest and are raised, the cheapest gain in capacity first, until t
 spare. An instance that the router leaves nearly idle goes lower still.
 
 The table knows classes alone. Mixed ones get on better or worse than their shares add up, so each pool's capacity is
-corrected by a factor learnt from the SLO slack: slowly up while the slowest request of a tick had time to spare, down
-as soon as one was late. The SLO is a P99 and one late request says little of an instance: only one that keeps missing
-is raised by itself. A few array operations for each pool and TP; see benchmarks/solver_scaling.py for the time.
+corrected by a factor learnt from the share of its requests that are late: down while it nears the 1 % that a P99
+allows, slowly up while it is well below. How slow the slowest request was says nothing here, for a router that packs
+uses the budgets up on purpose; and one late request says little of an instance: only one that keeps missing is raised
+by itself. A few array operations for each pool and TP; see benchmarks/solver_scaling.py for the time.
 Source: DynamoLLM section IV, instance controller (drop clocks that break the SLO, take the least-energy one).
 """
 
@@ -37,10 +38,12 @@ class ClockSettings:
     tight: float = 0.4  # share of ticks with a miss above which an instance goes one step beyond its pool's
     broken: float = 0.7  # above which it goes to the top
     idle_load: float = 0.5  # an instance goes down to the clock at which its own load is this share of its capacity
-    spare_slack: float = 0.3  # SLO slack of a pool's slowest request from which on its capacity is taken to be higher
+    late_memory_s: float = 60.0  # time constant of the share of late requests
+    late_share: float = 0.006  # of a pool's requests, above which its capacity is taken to be lower
+    spare_share: float = 0.003  # below which it is taken to be higher
     learn_up: float = 0.01  # of the capacity factor, each tick
-    learn_down: float = 0.05
-    factor_limits: tuple[float, float] = (0.7, 1.5)
+    learn_down: float = 0.02  # for each time that the share is beyond ``late_share``, at most twice
+    factor_limits: tuple[float, float] = (0.7, 2.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +71,8 @@ class ClockChooser:
         self._load_rps = np.zeros((len(pools), 9))
         self._weight = np.zeros(len(pools))
         self._factor = np.ones(len(pools))
+        self._requests = np.zeros(len(pools))
+        self._late = np.zeros(len(pools))
         self._stressed = np.zeros(len(pools), dtype=np.bool_)
         self._own_rps = np.zeros((0, 9))
         self._ids: tuple[str, ...] = ()
@@ -83,23 +88,27 @@ class ClockChooser:
             mine = np.flatnonzero(ready & (instances.pool == p))
             rate = self._load_rps[p] / max(float(self._weight[p]), 1e-9)
             if len(mine):
-                self._learn(p, instances.slo_slack[mine])
+                seen = mine[~np.isnan(instances.slo_slack[mine])]
+                given = float(instances.class_rate_rps[seen].sum()) * window_s
+                self._learn(p, window_s, given, int(np.count_nonzero(instances.slo_slack[seen] < 0.0)))
                 clock[mine], pool_load[p] = self._of_pool(arrays, mine, instances, rate / self._factor[p])
                 self._stressed[p] = pool_load[p] > 0.7 * self._settings.target
             elif rate.any():
                 pool_load[p] = np.inf
         return ClockChoice(clock, self._factor.copy(), pool_load, self._missed)
 
-    def _learn(self, pool: int, slack: FloatArray) -> None:
-        """Correct a pool's capacity by what its slowest request of this tick says."""
+    def _learn(self, pool: int, window_s: float, requests: float, late: int) -> None:
+        """Correct a pool's capacity by the share of late requests; ``late`` counts instances that had one."""
         settings = self._settings
-        seen = slack[~np.isnan(slack)]
-        if not len(seen):
+        if requests == 0.0:
             return
-        worst = float(seen.min())
-        if worst < 0.0:
-            self._factor[pool] *= 1.0 - settings.learn_down
-        elif worst > settings.spare_slack and self._stressed[pool]:
+        keep = float(np.exp(-window_s / settings.late_memory_s))
+        self._requests[pool] = self._requests[pool] * keep + requests
+        self._late[pool] = self._late[pool] * keep + late
+        share = self._late[pool] / max(self._requests[pool], 1.0)
+        if share > settings.late_share:
+            self._factor[pool] *= 1.0 - settings.learn_down * min(share / settings.late_share - 1.0, 2.0)
+        elif share < settings.spare_share and self._stressed[pool]:
             self._factor[pool] += settings.learn_up
         self._factor[pool] = min(max(self._factor[pool], settings.factor_limits[0]), settings.factor_limits[1])
 

@@ -61,7 +61,7 @@ class ControlSettings:
     clocks: ClockSettings = field(default_factory=ClockSettings)
     diff: DiffSettings = field(default_factory=DiffSettings)
     escalation: EscalationSettings = field(default_factory=EscalationSettings)
-    lead_s: float = 120.0
+    lead_s: float = 420.0
     """How far beyond its period a plan looks: what starts now is READY by then (background start for a peak)."""
     standby_s: float = 0.0
     """How far ahead parked instances must cover the peak; 0: nothing is parked for later."""
@@ -318,7 +318,8 @@ class PlanningController:
         clock = views.sm_clock_mhz
         if self._chooser is not None:
             choice = self._chooser.choose(observation.demand.window_s, views)
-            self._capacity = choice.capacity_factor
+            # a pool that misses its SLO may be short of instances just now: no reason to plan for less from each
+            self._capacity = np.maximum(choice.capacity_factor, 1.0)
             clock = choice.sm_clock_mhz
             for i in np.flatnonzero(clock != views.sm_clock_mhz):
                 why = f"pool at {choice.pool_load[views.pool[i]]:.2f} of capacity, SLO missed {choice.missed[i]:.2f}"

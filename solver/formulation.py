@@ -29,6 +29,7 @@ class Layout:
     ready: Block  # (G,)
     parked: Block  # one for each of ``parkable``
     share: Block  # one for each finite ``work``
+    short: Block  # (G,) capacity missing for the reserve
     unserved: Block  # (K,)
     nodes_on: Block  # empty nodes switched on, by node size
     share_demand: IntArray
@@ -100,6 +101,9 @@ def _columns(builder: ProgramBuilder, problem: PlanProblem) -> Layout:
     parked = builder.columns(len(parkable), parked_w, whole=True)
     demand, group = np.nonzero(np.isfinite(problem.work))
     share = builder.columns(len(demand), upper=1.0)
+    priced = np.isfinite(problem.reserve_w_per_gpu)
+    short_w = problem.reserve_w_per_gpu * problem.group_tp / problem.group_peak if priced else 0.0
+    short = builder.columns(groups, short_w, upper=np.inf if priced else 0.0)
     may_leave = np.isfinite(problem.unserved_w_per_rps)
     price_w = problem.unserved_w_per_rps * problem.reserve_rps if may_leave else 0.0
     unserved = builder.columns(len(problem.rate_rps), price_w, upper=float(may_leave))
@@ -107,7 +111,7 @@ def _columns(builder: ProgramBuilder, problem: PlanProblem) -> Layout:
     nodes_on = builder.columns(
         len(kinds), problem.room.node_w + problem.room.free_gpu_w * kinds, upper=nodes, whole=True
     )
-    return Layout(points, idle, ready, parked, share, unserved, nodes_on, demand, group, parkable)
+    return Layout(points, idle, ready, parked, share, short, unserved, nodes_on, demand, group, parkable)
 
 
 def _demand_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout) -> None:
@@ -134,6 +138,7 @@ def _capacity_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout
     reserve = builder.rows("reserve", groups, upper=0.0)
     builder.put(reserve.start + at, layout.share.index, problem.reserve_rps[layout.share_demand] * work)
     builder.put(reserve.index, layout.ready.index, -problem.group_peak)
+    builder.put(reserve.index, layout.short.index, -1.0)
 
     if np.any(problem.standby_rps > problem.reserve_rps):
         standby = builder.rows("standby", groups, upper=0.0)
@@ -143,13 +148,19 @@ def _capacity_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout
 
 
 def _rounding_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout) -> None:
-    """What whole numbers imply of the reserve rows: cuts every plan meets and fractions do not.
+    """What whole numbers imply of the rows of load or reserve: cuts every plan meets and fractions do not.
 
     A group that takes all of a demand worth d instances holds ceil(d) of them; let ``f = d - floor(d)``. Rounding
     ``n >= d s`` with s in [0, 1] (mixed-integer rounding) gives ``f n - d s >= f ceil(d) - d``; for d < 1: ``n >= s``.
     """
     at, group = layout.share_demand, layout.share_group
-    need = problem.reserve_rps[at] * problem.work[at, group] / problem.group_peak[group]
+    if np.isfinite(problem.reserve_w_per_gpu):
+        highest = np.zeros(len(problem.group_pool))
+        np.maximum.at(highest, problem.point_group, problem.point_capacity)
+        demand, capacity = problem.rate_rps, highest
+    else:
+        demand, capacity = problem.reserve_rps, problem.group_peak
+    need = demand[at] * problem.work[at, group] / capacity[group]
     part = need - np.floor(need)
     cuts = np.flatnonzero((part > 1e-3) & (part < 1.0 - 1e-3))
     need, part = need[cuts], part[cuts]

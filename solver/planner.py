@@ -51,6 +51,7 @@ class PlanLimits:
     """How hard to solve, and what demand is never forgotten."""
 
     solve: SolveLimits = field(default_factory=SolveLimits)
+    reserve_w_per_gpu: float = 400.0  # price of reserve that is not READY: what a GPU draws at full work and top clock
     unserved_w_per_rps: float = 1e5  # price of demand left out, where there is more than the cluster can serve
     least_rps: float = 0.01  # every class is expected at least this often: no class is ever without a pool
 
@@ -135,6 +136,7 @@ class Planner:
             min_ready=np.zeros(len(c.pools)),
             pool_gpus=restriction.pool_gpus,
             power_budget_w=costs.power_budget_w,
+            reserve_w_per_gpu=self._limits.reserve_w_per_gpu,
         )
 
     def plan(self, problem: PlanProblem) -> Planned:
@@ -187,7 +189,8 @@ class Planner:
             ready[h] = np.count_nonzero(mine & np.isin(views.state, (READY, STARTING)))
             parked[h] = np.count_nonzero(mine & (views.state == PARKED))
         start, end = self._edges
-        per_second = c.shape_idle_w / change.dwell_s
+        dwell_s = change.dwell_s
+        per_second = c.shape_idle_w / dwell_s
         return Shapes(
             tp=c.shape_tp,
             ready=ready,
@@ -198,7 +201,7 @@ class Planner:
             parked_w=np.asarray(change.parked_w_per_gpu * c.shape_tp, dtype=np.float64),
             reshard_from=start,
             reshard_to=end,
-            reshard_w_per_gpu=per_second[start] / c.shape_tp[start] * (change.reshard_s + change.drain_s),
+            reshard_w_per_gpu=c.shape_full_w[start] / c.shape_tp[start] * (change.reshard_s + change.drain_s) / dwell_s,
         )
 
     def _groups(self, g: int, s: PlanSolution) -> list[PlanGroup]:

@@ -101,6 +101,9 @@ class PlanProblem:
     power_budget_w: float = float("inf")
     integral_points: bool = False
     """Whether an instance stays at one point. If not, it may divide its time between two: the 5 s controller does."""
+    reserve_w_per_gpu: float = float("inf")
+    """Price of READY capacity missing for the reserve, in GPUs; inf: it must be there. What READY and idle costs a GPU
+    is a fair price: then reserve is held where it is cheap, and nobody is re-sharded for it."""
     unserved_w_per_rps: float = float("inf")
     """Price of leaving a demand unserved; inf: it must be served, else the problem is infeasible."""
 
