@@ -111,7 +111,7 @@ class VllmDriver:
         port = _free_port(self._launch.host)
         url = f"http://{self._launch.host}:{port}"
         words = command_line(self._launch, model, spec, port)
-        variables = environment(self._launch, spec, this_controller(), os.environ)
+        variables = environment(self._launch, model, spec, this_controller(), os.environ)
         self._log_dir.mkdir(parents=True, exist_ok=True)
         try:
             process = await EngineProcess.spawn(words, variables, self._log_dir / f"{spec.id}.log")

@@ -21,6 +21,7 @@ class VllmModel:
 
     path: str
     arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,9 @@ def command_line(launch: VllmLaunch, model: VllmModel, spec: InstanceSpec, port:
 
 
 def environment(
-    launch: VllmLaunch, spec: InstanceSpec, controller: str, inherited: Mapping[str, str]
+    launch: VllmLaunch, model: VllmModel, spec: InstanceSpec, controller: str, inherited: Mapping[str, str]
 ) -> dict[str, str]:
-    """The process's environment: what this one has, then the launch's, then what makes it this instance."""
+    """The process's environment: what this one has, the launch's, the model's, then what makes it this instance."""
     own = {
         "CUDA_VISIBLE_DEVICES": ",".join(str(gpu.index) for gpu in spec.gpus),
         "VLLM_NO_USAGE_STATS": "1",
@@ -58,4 +59,4 @@ def environment(
         MARK: spec.id,
         CONTROLLER: controller,
     }
-    return {**inherited, **launch.environment, **own}
+    return {**inherited, **launch.environment, **model.environment, **own}

@@ -104,8 +104,11 @@ def test_an_engine_that_makes_its_tensor_parallelism_up_is_not_told_of_it():
 
 def test_what_makes_it_this_instance_wins_over_the_environment_it_inherits():
     launch = VllmLaunch(environment={"A": "launch", "CUDA_VISIBLE_DEVICES": "7"})
-    variables = environment(launch, spec(), "1:2", {"A": "inherited", "B": "inherited"})
+    variables = environment(
+        launch, VllmModel("m", environment={"C": "model"}), spec(), "1:2", {"A": "inherited", "B": "inherited"}
+    )
     assert (variables["A"], variables["B"]) == ("launch", "inherited")
+    assert variables["C"] == "model"
     assert (variables["CUDA_VISIBLE_DEVICES"], variables["DYNAMOLLM_CONTROLLER"]) == ("0,1", "1:2")
 
 

