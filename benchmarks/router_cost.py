@@ -3,7 +3,7 @@
 Every request is routed, starts and ends as the router's own predictions say, so the fleet is as full as the arrival
 rate makes it. Targets: P99 of ``route`` at most 10 us with 32 instances and 50 us with 1,024, at the steady load.
 
-    python -m benchmarks.router_cost [--requests 20000] [--repeats 5] [--json]
+    python -m benchmarks.router_cost [--requests 20000] [--repeats 8] [--json]
 
 A run is deterministic, so it is repeated and of each call the quickest of the repeats counts: what the call costs,
 without what other processes took from it. ``raw P99`` is of all calls of all repeats as they were.
@@ -166,7 +166,7 @@ def run(profile: EnergyProfile, scenario: Scenario, count: int, seed: int) -> di
 
 @click.command()
 @click.option("--requests", default=20_000, show_default=True, help="Requests of each scenario, at least.")
-@click.option("--repeats", default=5, show_default=True, help="Runs of each scenario.")
+@click.option("--repeats", default=8, show_default=True, help="Runs of each scenario.")
 @click.option("--profile", "profile_name", default="llama-3.1-70b-fp8-h100", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
