@@ -102,10 +102,10 @@ def csv_text(report: EnergyReport) -> str:
 def table(report: EnergyReport) -> Table:
     """The lines for people; narrow, since 80 columns must do."""
     window = report.window
-    title = f"Energy by {report.by}, {_moment(window.begin_unix_s)} to {_moment(window.end_unix_s)}"
-    shown = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    title = f"Energy by {report.by}, {_moment(window.begin_unix_s)[:-4]} to {_moment(window.end_unix_s)}"
+    shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     shown.add_column(report.by, no_wrap=True)
-    for column in ("reqs", "Wh", "J/tok\nprefill", "\ndecode", "J/req", "idle\n%", "change\n%", "g CO2", "USD"):
+    for column in ("reqs", "Wh", "J/tok\nprefill", "\ndecode", "J/req", "idle\n%", "chg\n%", "g CO2", "USD"):
         shown.add_column(column, justify="right", no_wrap=True)
     for line in report.lines:
         shown.add_row(*_cells(line))
@@ -133,6 +133,8 @@ def _cells(line: ReportLine) -> list[str]:
 def _short(value: float | None) -> str:
     if value is None:
         return "-"
+    if value < 0.01:
+        return f"{value:.2g}"
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 

@@ -91,9 +91,16 @@ def test_joules_a_token_are_by_phase_and_without_idle_time():
 def test_the_table_says_it_all_in_80_columns(gateway):
     shown = run(gateway, "--since", "15m", "--api-key", "k")
     assert gateway.seen == [("/admin/energy?since_s=900.0", "Bearer k")]
-    assert "Energy by class, 2023-11-14 22:13:20 UTC to 2023-11-14 23:13:20 UTC" in shown
+    assert "Energy by class, 2023-11-14 22:13:20 to 2023-11-14 23:13:20 UTC" in shown
     assert all(name in shown for name in ("SS", "LL", OVERHEAD, "all", "a test grid", "No price is set for B300"))
     assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+
+
+def test_wide_numbers_fit_too(gateway):
+    row = EnergyRow(123456, 10**9, 10**8, 1.23e9, 4.5e9, 6.7e8, 8.9e7, 1.0, 98765.4, 0.00123, 0.0)
+    gateway.answer = (200, msgspec.json.encode(EnergyWindow(0.0, 1.0, (UserRow(User("", "", "", ""), row),), "grid")))
+    assert "…" not in run(gateway, "--by", "pool")
 
 
 def test_csv_and_json_have_every_number(gateway):
