@@ -53,6 +53,7 @@ class Deployment:
         self._counts: dict[str, int] = {}
         self._ready_at_s: dict[str, float] = {}
         self._ordered_mhz: dict[str, int] = {}
+        self._views: dict[str, InstanceView] = {}
         self._shares: dict[tuple[str, RequestClass], tuple[tuple[str, float], ...]] = {}
         self._version = 0
 
@@ -116,6 +117,7 @@ class Deployment:
             del self._addresses[instance.id]
             self._ready_at_s.pop(instance.id, None)
             self._ordered_mhz.pop(instance.id, None)
+            self._views.pop(instance.id, None)
             self.placement.release(instance.gpus)
         else:
             self.instances[instance.id] = instance
@@ -164,6 +166,13 @@ class Deployment:
         )
 
     def _instance_view(self, instance: Instance) -> InstanceView:
+        """The same object for as long as the instance is the same: the router then has nothing to work out anew."""
+        known = self._views.get(instance.id)
+        if known is None or known.instance != instance:
+            known = self._views[instance.id] = self._new_view(instance)
+        return known
+
+    def _new_view(self, instance: Instance) -> InstanceView:
         profile = self.profiles[instance.shape.model]
         return InstanceView(
             instance,

@@ -103,3 +103,13 @@ def test_a_controller_sees_the_clock_it_ordered_though_the_gpu_rounds_it(deploym
     deployment.set_sm_clock(spec.id, 1000, 1005)
     assert deployment.ordered_sm_clock_mhz(spec.id) == 1000
     assert deployment.instances[spec.id].sm_clock_mhz == 1005
+
+
+def test_what_did_not_change_is_the_same_object_in_the_next_view(deployment):
+    for name in ("SS", "LL"):
+        deployment.put(started(deployment.specify(name)))
+    before = deployment.routing_view(0.0).instances
+    deployment.set_sm_clock("ll-1", 1000, 1005)
+    after = deployment.routing_view(1.0).instances
+    assert after[0] is before[0]
+    assert after[1] is not before[1]
