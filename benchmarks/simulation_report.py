@@ -66,10 +66,26 @@ def store_run(run: RunResult, folder: Path, settings: Mapping[str, Any]) -> Path
             "clock_mhz": _rounded(series.clock_mhz),
         },
     }
-    workload = "".join(c if c.isalnum() or c in "-." else "_" for c in run.workload)
-    path = folder / f"{workload}--{run.profile}--{run.policy}--seed{run.seed}.json"
-    write_whole(path, json.dumps(document, separators=(",", ":")) + "\n")
+    path = run_path(folder, run.workload, run.profile, run.policy, run.seed)
+    write_json(path, document)
     return path
+
+
+def run_path(folder: Path, workload: str, profile: str, policy: str, seed: int) -> Path:
+    """Where a run is stored."""
+    plain = "".join(c if c.isalnum() or c in "-." else "_" for c in workload)
+    return folder / f"{plain}--{profile}--{policy}--seed{seed}.json"
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write one object; whole or not at all."""
+    write_whole(path, json.dumps(document, separators=(",", ":")) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one object."""
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ for, from the workload itself: they know their future. ``clairvoyant`` is not ru
 ``solver.clairvoyant``.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,10 +13,15 @@ import numpy as np
 from energy.capacity import CapacityTable
 from energy.profile import EnergyProfile, GpuState
 from pools.classes import REQUEST_CLASSES, ClassSlos
+from pools.scoring import Weights
+from pools.view import PoolView
+from simulator.batching import EngineLimits
 from simulator.delays import Delays
 from simulator.prediction import LengthPrediction
 from simulator.setup import PoolSetup, SimulationSetup
 from simulator.workload.arrivals import Workload
+from solver.candidates import Knobs, candidates
+from solver.clairvoyant import clairvoyant_w
 from solver.control import (
     Controller,
     Effects,
@@ -30,6 +36,9 @@ from solver.forecast import Forecast
 from solver.planner import ChangeCosts, ClusterCosts
 from solver.policies import Policy, policies
 
+GPUS_PER_NODE = 8
+BOUND_SLOT_S = 60.0
+BOUND_LOADS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
 PEAK_WINDOW_S = 300.0  # static policies provide for the busiest five minutes of each class
 
 
@@ -39,12 +48,21 @@ class Scenario:
 
     profile: EnergyProfile
     capacity: CapacityTable
-    nodes: int
+    nodes: int  # those of single-pool
+    spare_nodes: float = 0.5  # more that the other policies may take, as a share; empty ones are off
     delays: Delays = field(default_factory=Delays)
     slos: ClassSlos = field(default_factory=ClassSlos)
     prediction: LengthPrediction = field(default_factory=LengthPrediction)
+    limits: EngineLimits = field(default_factory=lambda: EngineLimits(0, max_num_batched_tokens=1024))
+    """Prompt chunks of 1,024 tokens: at vLLM's larger defaults a chunk alone breaks the TBT SLO of those decoding."""
+    weights: Weights = field(default_factory=lambda: Weights(spread=0.5, margin=0.9))
     parking: bool = False  # whether engines can sleep
     sample_s: float = 60.0
+
+    @property
+    def all_nodes(self) -> int:
+        """Nodes there are, single-pool's and the others'."""
+        return self.nodes + math.ceil(self.nodes * self.spare_nodes)
 
 
 def prepare(scenario: Scenario, policy_name: str, workload: Workload) -> tuple[SimulationSetup, Controller]:
@@ -57,11 +75,13 @@ def prepare(scenario: Scenario, policy_name: str, workload: Workload) -> tuple[S
     pools = policy.pools(profile.model)
     setup = SimulationSetup(
         profile=profile,
-        nodes=scenario.nodes,
+        nodes=scenario.nodes if policy.name == "single-pool" else scenario.all_nodes,
         pools=tuple(PoolSetup(pool.name, pool.request_class) for pool in pools),
         delays=scenario.delays,
         slos=scenario.slos,
         prediction=scenario.prediction,
+        limits=scenario.limits,
+        weights=scenario.weights,
         sample_s=scenario.sample_s,
     )
     if policy.name == "single-pool":
@@ -89,23 +109,41 @@ def control_settings(scenario: Scenario) -> ControlSettings:
             wake_s=delays.wake_s,
             parked_w_per_gpu=parked_w,
         ),
+        lead_s=delays.node_on_s + delays.start_s,
         cluster_costs=ClusterCosts(free_gpu_w=profile.idle_power_w(GpuState.BARE, least_mhz)),
     )
 
 
+def bound(scenario: Scenario, workload: Workload) -> float:
+    """Joules no policy that keeps the SLOs can go below, by ``solver.clairvoyant``, slot by slot; nan if none can."""
+    profile = scenario.profile
+    model = profile.model
+    pools = tuple(PoolView(k.name, model, k) for k in REQUEST_CLASSES)
+    every = candidates({model: scenario.capacity}, pools, Knobs(loads=BOUND_LOADS, headroom=0.0))
+    rates = [window for _, window in sorted(_class_rates(workload, scenario.slos, BOUND_SLOT_S).items())]
+    powers_w = clairvoyant_w(every, scenario.all_nodes, GPUS_PER_NODE, rates)
+    return float(sum(power_w * BOUND_SLOT_S for power_w in powers_w))
+
+
 def provision_for(workload: Workload, setup: SimulationSetup) -> Forecast:
     """The busiest ``PEAK_WINDOW_S`` of each class; reads the workload once."""
-    cuts = setup.slos.cuts
-    windows: dict[int, FloatArray] = {}
+    rates = np.array(list(_class_rates(workload, setup.slos, PEAK_WINDOW_S).values()))
+    return Forecast(rates.mean(axis=0), rates.max(axis=0))
+
+
+def _class_rates(workload: Workload, slos: ClassSlos, slot_s: float) -> dict[int, FloatArray]:
+    """Requests/s of each class in each slot, by slot number."""
+    cuts, classes = slos.cuts, len(REQUEST_CLASSES)
+    rates: dict[int, FloatArray] = {}
     for chunk in workload.chunks():
         input_size = np.searchsorted(np.asarray(cuts.input_tokens), chunk.input_tokens, side="right")
         output_size = np.searchsorted(np.asarray(cuts.output_tokens), chunk.output_tokens, side="right")
-        window = (chunk.arrival_s // PEAK_WINDOW_S).astype(np.int64)
-        for index in np.unique(window):
-            counts = np.bincount((3 * input_size + output_size)[window == index], minlength=len(REQUEST_CLASSES))
-            windows[int(index)] = windows.get(int(index), np.zeros(len(REQUEST_CLASSES))) + counts
-    rates = np.array(list(windows.values())) / PEAK_WINDOW_S
-    return Forecast(rates.mean(axis=0), rates.max(axis=0))
+        request_class = 3 * input_size + output_size
+        slot = (chunk.arrival_s // slot_s).astype(np.int64)
+        for index in np.unique(slot):
+            counts = np.bincount(request_class[slot == index], minlength=classes) / slot_s
+            rates[int(index)] = rates.get(int(index), np.zeros(classes)) + counts
+    return rates
 
 
 class WholeCluster:

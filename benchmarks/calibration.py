@@ -1,0 +1,74 @@
+"""Calibration: the load at which single-pool needs exactly the paper's number of servers.
+
+The highest rate scale at which N servers in one pool, at the largest TP and the highest clock, still keep 99 % of the
+requests of the busiest stretch within their SLO; so N servers are needed and N - 1 are too few. Found by bisection with
+the simulator itself, not from capacity tables: statistical multiplexing is in it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from simulator.experiment import Scenario, prepare
+from simulator.simulation import simulate
+from simulator.workload.arrivals import Workload
+from simulator.workload.transform import window
+
+ATTAINMENT = 0.99
+TOLERANCE = 0.01
+STRETCH_S = 7200.0  # of a longer workload, the busiest so long is what servers are provided for
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A rate scale, and what N and N - 1 servers make of the busiest stretch at it."""
+
+    rate_scale: float
+    nodes: int
+    attainment: float
+    attainment_with_one_less: float
+    stretch_start_s: float
+    stretch_s: float
+
+
+def calibrate(scenario: Scenario, of_scale: Callable[[float], Workload], first_guess: float = 4.0) -> Calibration:
+    """Find the rate scale for ``scenario.nodes``; ``of_scale`` makes the workload at a scale."""
+    start_s, stretch_s = busiest_stretch(of_scale(1.0))
+
+    def attained(scale: float, nodes: int) -> float:
+        stretch = window(of_scale(scale), start_s, stretch_s)
+        setup, controller = prepare(replace(scenario, nodes=nodes), "single-pool", stretch)
+        return simulate(setup, stretch, controller, "single-pool").slo_attainment
+
+    low, high = 0.0, first_guess
+    while attained(high, scenario.nodes) >= ATTAINMENT:
+        low, high = high, 2.0 * high
+    while high - low > TOLERANCE * high:
+        middle = 0.5 * (low + high)
+        if attained(middle, scenario.nodes) >= ATTAINMENT:
+            low = middle
+        else:
+            high = middle
+    scale = float(f"{low:.3g}")
+    return Calibration(
+        rate_scale=scale,
+        nodes=scenario.nodes,
+        attainment=attained(scale, scenario.nodes),
+        attainment_with_one_less=attained(scale, scenario.nodes - 1),
+        stretch_start_s=start_s,
+        stretch_s=stretch_s,
+    )
+
+
+def busiest_stretch(workload: Workload) -> tuple[float, float]:
+    """(start, length) of the busiest ``STRETCH_S``, in steps of ten minutes; all of a shorter workload."""
+    if workload.duration_s <= 2.0 * STRETCH_S:
+        return 0.0, workload.duration_s
+    step_s = 600.0
+    counts = np.zeros(int(workload.duration_s // step_s) + 1)
+    for chunk in workload.chunks():
+        counts += np.bincount((chunk.arrival_s // step_s).astype(np.int64), minlength=len(counts))[: len(counts)]
+    wide = int(STRETCH_S // step_s)
+    sums = np.convolve(counts, np.ones(wide), mode="valid")
+    return float(sums.argmax()) * step_s, STRETCH_S

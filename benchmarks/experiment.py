@@ -1,0 +1,150 @@
+"""The paper's experiments in virtual time: calibrate the load, run every policy, store results, write docs/results.md.
+
+    python -m benchmarks.experiment                      # everything (hours on one core)
+    python -m benchmarks.experiment --experiment conv-1h --profile llama-2-70b-h100 --policy single-pool,dynamollm
+
+Each run is one file under benchmarks/results/<experiment>/ with its seed, commit and settings; a run that is there is
+not repeated unless ``--again``. The table is made from the files alone.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.calibration import Calibration, calibrate
+from benchmarks.results_page import write_page
+from benchmarks.simulation_plots import plot_runs
+from benchmarks.simulation_report import read_json, run_path, store_run, write_json
+from energy.adapters.capacity_file import load_capacity
+from energy.adapters.catalogue import load_profile
+from simulator.experiment import Scenario, bound, prepare
+from simulator.grid import GRIDS
+from simulator.results import RunResult
+from simulator.simulation import simulate
+from simulator.workload.adapters.catalogue import open_workload
+from simulator.workload.arrivals import Workload
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "results.md"
+PROFILES = ("llama-2-70b-h100", "llama-3.1-70b-fp8-h100")
+ALL = (
+    "single-pool",
+    "multi-pool",
+    "scale-inst",
+    "scale-shard",
+    "scale-freq",
+    "packing",
+    "dynamollm-paper",
+    "dynamollm",
+)
+MAIN = ("single-pool", "packing", "dynamollm-paper", "dynamollm")
+SEED = 1
+GRID = "CISO"
+GPU_USD_PER_HOUR = 2.25
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One workload, the number of servers single-pool has, and the trace its load is calibrated on."""
+
+    name: str
+    trace: str
+    nodes: int
+    calibrated_on: str
+    policies: tuple[str, ...]
+    sample_s: float
+
+
+EXPERIMENTS = {
+    each.name: each
+    for each in (
+        Experiment("conv-1h", "azure-conv", 12, "azure-conv", ALL, 10.0),
+        Experiment("poisson-low", "poisson-low", 12, "poisson-high", MAIN, 10.0),
+        Experiment("poisson-medium", "poisson-medium", 12, "poisson-high", MAIN, 10.0),
+        Experiment("poisson-high", "poisson-high", 12, "poisson-high", MAIN, 10.0),
+        Experiment("code-day", "azure-2024-code-day", 12, "azure-2024-code-day", MAIN, 120.0),
+        Experiment("code-week", "azure-2024-code-week", 40, "azure-2024-code-week", MAIN, 600.0),
+        Experiment("conv-week", "servegen-week", 40, "servegen-week", MAIN, 600.0),
+    )
+}
+
+
+@click.command()
+@click.option("--experiment", "experiments", default=",".join(EXPERIMENTS), show_default=True)
+@click.option("--profile", "profiles", default=",".join(PROFILES), show_default=True)
+@click.option("--policy", "policies", help="Only these; by default all of the experiment.")
+@click.option("--again", is_flag=True, help="Repeat runs that are there.")
+def main(experiments: str, profiles: str, policies: str | None, again: bool) -> None:
+    """Run experiments and write the page."""
+    for name in experiments.split(","):
+        for profile in profiles.split(","):
+            run_experiment(EXPERIMENTS[name], profile, tuple(policies.split(",")) if policies else None, again)
+    write_page(RESULTS, PAGE, tuple(EXPERIMENTS), PROFILES)
+    click.echo(f"wrote {PAGE}")
+
+
+def run_experiment(experiment: Experiment, profile: str, policies: tuple[str, ...] | None, again: bool) -> None:
+    """All policies of one experiment on one profile."""
+    folder = RESULTS / experiment.name
+    scenario = Scenario(load_profile(profile), load_capacity(profile), experiment.nodes, sample_s=experiment.sample_s)
+    calibration = _calibration(experiment.calibrated_on, scenario, again)
+    workload = open_workload(experiment.trace, SEED, calibration.rate_scale)
+    settings: dict[str, Any] = {
+        "trace": experiment.trace,
+        "rate_scale": calibration.rate_scale,
+        "calibration": asdict(calibration),
+        "grid": GRID,
+        "gpu_usd_per_hour": GPU_USD_PER_HOUR,
+        "delays": asdict(scenario.delays),
+        "assumptions": list(workload.assumptions),
+    }
+    runs = []
+    for policy in policies or experiment.policies:
+        path = run_path(folder, workload.name, profile, policy, SEED)
+        if path.exists() and not again:
+            continue
+        result = _run(scenario, policy, workload)
+        store_run(result, folder, settings)
+        runs.append(result)
+        click.echo(
+            f"{experiment.name} {profile} {policy}: {result.energy_j / 3.6e6:.2f} kWh, "
+            f"{100 * result.slo_attainment:.2f} % in SLO, {result.wall_s:.0f} s"
+        )
+    bound_path = folder / f"{workload.name}--{profile}--clairvoyant.json"
+    if again or not bound_path.exists():
+        write_json(bound_path, {"policy": "clairvoyant", "energy_j": bound(scenario, workload)})
+    if len(runs) > 1:
+        plot_runs(runs, folder)
+
+
+def _calibration(trace: str, scenario: Scenario, again: bool) -> Calibration:
+    path = RESULTS / "calibration" / f"{trace}--{scenario.profile.name}--{scenario.nodes}.json"
+    if path.exists() and not again:
+        return Calibration(**read_json(path))
+    calibration = calibrate(scenario, lambda scale: open_workload(trace, SEED, scale))
+    write_json(path, asdict(calibration))
+    click.echo(f"{trace} on {scenario.profile.name}: {calibration}")
+    return calibration
+
+
+def _run(scenario: Scenario, policy: str, workload: Workload) -> RunResult:
+    setup, controller = prepare(scenario, policy, workload)
+    starts_s = workload.starts_unix_s or 0.0
+    return simulate(
+        setup,
+        workload,
+        controller,
+        policy,
+        SEED,
+        wall_clock=time.perf_counter,
+        grid_g_per_kwh=lambda at_s: GRIDS[GRID].intensity(starts_s + at_s),
+        gpu_usd_per_hour=GPU_USD_PER_HOUR,
+    )
+
+
+if __name__ == "__main__":
+    main()
