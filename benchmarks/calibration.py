@@ -12,11 +12,12 @@ import numpy as np
 
 from simulator.experiment import Scenario, prepare
 from simulator.simulation import simulate
-from simulator.workload.arrivals import Workload
-from simulator.workload.transform import window
+from simulator.workload.arrivals import Workload, recorded
+from simulator.workload.transform import scaled, window
 
 ATTAINMENT = 0.99
 TOLERANCE = 0.01
+SEED = 11  # of thinning
 STRETCH_S = 7200.0  # of a longer workload, the busiest so long is what servers are provided for
 
 
@@ -36,29 +37,38 @@ def calibrate(scenario: Scenario, of_scale: Callable[[float], Workload], first_g
     """Find the rate scale for ``scenario.nodes``; ``of_scale`` makes the workload at a scale."""
     start_s, stretch_s = busiest_stretch(of_scale(1.0))
 
-    def attained(scale: float, nodes: int) -> float:
-        stretch = window(of_scale(scale), start_s, stretch_s)
+    def attained(stretch: Workload, nodes: int) -> float:
         setup, controller = prepare(replace(scenario, nodes=nodes), "single-pool", stretch)
         return simulate(setup, stretch, controller, "single-pool").slo_attainment
 
     low, high = 0.0, first_guess
-    while attained(high, scenario.nodes) >= ATTAINMENT:
-        low, high = high, 2.0 * high
+    busiest = _stretch(of_scale(high), start_s, stretch_s)
+    while attained(busiest, scenario.nodes) >= ATTAINMENT:
+        low, high = high, 1.5 * high
+        busiest = _stretch(of_scale(high), start_s, stretch_s)
     while high - low > TOLERANCE * high:
         middle = 0.5 * (low + high)
-        if attained(middle, scenario.nodes) >= ATTAINMENT:
+        if attained(scaled(busiest, middle / high, SEED), scenario.nodes) >= ATTAINMENT:
             low = middle
         else:
+            busiest = scaled(busiest, middle / high, SEED)
             high = middle
     scale = float(f"{low:.3g}")
+    found = _stretch(of_scale(scale), start_s, stretch_s)
     return Calibration(
         rate_scale=scale,
         nodes=scenario.nodes,
-        attainment=attained(scale, scenario.nodes),
-        attainment_with_one_less=attained(scale, scenario.nodes - 1),
+        attainment=attained(found, scenario.nodes),
+        attainment_with_one_less=attained(found, scenario.nodes - 1),
         stretch_start_s=start_s,
         stretch_s=stretch_s,
     )
+
+
+def _stretch(workload: Workload, start_s: float, stretch_s: float) -> Workload:
+    """The busiest stretch, held in memory: a generated week is not walked through for every guess."""
+    part = window(workload, start_s, stretch_s)
+    return recorded(part.name, part.collect(), part.duration_s)
 
 
 def busiest_stretch(workload: Workload) -> tuple[float, float]:

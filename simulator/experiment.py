@@ -6,7 +6,7 @@ for, from the workload itself: they know their future. ``clairvoyant`` is not ru
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from solver.control import (
 from solver.controllers import ControlSettings, PlanningController
 from solver.forecast import Forecast
 from solver.planner import ChangeCosts, ClusterCosts
-from solver.policies import Policy, policies
+from solver.policies import Periods, Policy, policies
 
 GPUS_PER_NODE = 8
 BOUND_SLOT_S = 60.0
@@ -57,6 +57,7 @@ class Scenario:
     """Prompt chunks of 1,024 tokens: at vLLM's larger defaults a chunk alone breaks the TBT SLO of those decoding."""
     weights: Weights = field(default_factory=lambda: Weights(spread=0.5, margin=0.9))
     parking: bool = False  # whether engines can sleep
+    periods: Periods | None = None  # of all policies' ticks; None: each its own
     sample_s: float = 60.0
 
     @property
@@ -72,6 +73,8 @@ def prepare(scenario: Scenario, policy_name: str, workload: Workload) -> tuple[S
     if policy_name not in known:
         raise ValueError(f"no policy {policy_name!r}; there are {', '.join(known)}")
     policy = known[policy_name]
+    if scenario.periods is not None:
+        policy = replace(policy, periods=scenario.periods)
     pools = policy.pools(profile.model)
     setup = SimulationSetup(
         profile=profile,
