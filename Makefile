@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help serve test check format lint types contracts lock clean
+.PHONY: help serve test check format lint types contracts profiles lock clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,11 @@ types: $(STAMP)  ## Check types with mypy --strict
 
 contracts: $(STAMP)  ## Check that imports go downward only
 	$(BIN)/lint-imports
+
+profiles: $(STAMP)  ## Fit the shipped profiles from ../shared/data, build their capacity tables, write docs/profiles.md
+	$(BIN)/python -m benchmarks.profile_table fit
+	$(BIN)/python -m benchmarks.profile_table capacity
+	$(BIN)/python -m benchmarks.profile_table document
 
 lock: $(STAMP)  ## Resolve the dependencies anew into requirements.lock
 	$(BIN)/python -m pip install --quiet uv

@@ -1,6 +1,6 @@
 """Plots of a capacity table: latency and power over load, energy over clock, and the heat map of all nine classes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +16,29 @@ INFEASIBLE = "#d9d9d9"
 DPI = 110
 
 
-def save_plots(table: CapacityTable, folder: Path, tokens_per_s: float) -> list[Path]:
-    """Write every plot of the table; returns the files."""
+PLOTS = ("ttft", "tbt", "power", "energy", "heatmap")
+
+
+def save_plots(table: CapacityTable, folder: Path, tokens_per_s: float, wanted: Sequence[str] = PLOTS) -> list[Path]:
+    """Write the wanted plots of the table; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "ttft": latency_figure(table, "ttft_p99", "P99 TTFT, s", lambda k: table.classes[k].ttft_slo_s),
-        "tbt": latency_figure(table, "tbt_p99", "P99 TBT, s", lambda k: table.classes[k].tbt_slo_s),
-        "power": power_figure(table),
-        "energy": energy_figure(table, tokens_per_s),
-        "heatmap": heatmap_figure(table, tokens_per_s),
-    }
     paths = []
-    for name, figure in figures.items():
+    for name in wanted:
         path = folder / f"{table.profile}-{name}.png"
-        figure.savefig(path, dpi=DPI, metadata={"Software": None})
+        figure_of(table, name, tokens_per_s).savefig(path, dpi=DPI, metadata={"Software": None})
         paths.append(path)
     return paths
+
+
+def figure_of(table: CapacityTable, name: str, tokens_per_s: float) -> Figure:
+    """One of ``PLOTS``; the energy plots are at this load of one instance."""
+    if name == "ttft":
+        return latency_figure(table, "ttft_p99", "P99 TTFT, s", lambda k: table.classes[k].ttft_slo_s)
+    if name == "tbt":
+        return latency_figure(table, "tbt_p99", "P99 TBT, s", lambda k: table.classes[k].tbt_slo_s)
+    if name == "power":
+        return power_figure(table)
+    return energy_figure(table, tokens_per_s) if name == "energy" else heatmap_figure(table, tokens_per_s)
 
 
 def _grid(title: str, height: float = 9.0) -> tuple[Figure, Iterator[tuple[int, Axes]]]:

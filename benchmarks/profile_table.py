@@ -5,6 +5,7 @@
 docs/profiles.md with its plots. ``make profiles`` does all three.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import click
 import numpy as np
 
 from energy.adapters.capacity_file import load_capacity, save_capacity, shipped_capacity_path
-from energy.adapters.catalogue import SHIPPED, load_fitted, load_profile, profile_names, save_fitted
+from energy.adapters.catalogue import SHIPPED, load_fitted, load_profile, profile_names, save_fitted, write_whole
 from energy.adapters.measurement_csv import read_measurements
 from energy.fit import FitReport, fit_profile
 from energy.fit_power import with_values
@@ -20,7 +21,7 @@ from energy.fit_times import errors_of
 from energy.fitted import FittedProfile
 from energy.gpus import gpu_physics
 from energy.profile import ProfileError
-from energy.recipes import MOVES, RECIPES, Move, Recipe
+from energy.recipes import MOVES, RECIPES, TRIED, Move, Recipe
 from energy.transfer import moved_times, moved_to
 from pools.classes import ClassSlos
 from simulator.capacity import ClassTraffic, build_capacity, fingerprint, poisson_traffic
@@ -29,6 +30,7 @@ from simulator.workload.adapters.published import published
 
 LENGTHS_OF = "synthetic-conv"  # the Azure Conversation trace's lengths, as shipped
 
+TRIED_RESULTS = Path(__file__).parent / "results" / "profiles_tried.json"
 TAKEN_POWERS = ("active_w", "compute_w", "memory_w")  # from another profile of the same die
 
 
@@ -66,6 +68,9 @@ def fit(names: tuple[str, ...]) -> None:
             save_fitted(report.profile, SHIPPED / f"{recipe.name}.yaml")
             errors = ", ".join(f"{key} {value:.1%}" for key, value in report.profile.provenance.errors.items())
             click.echo(f"{recipe.name}: {len(report.fitted_rows)} rows, {len(report.left_out)} left out; {errors}")
+    if not names:
+        tried = {each.name: fit_tried(each) for each in TRIED}
+        write_whole(TRIED_RESULTS, (json.dumps(tried, indent=1) + "\n").encode())
     for each in MOVES:
         if not names or each.name in names:
             save_fitted(move(each), SHIPPED / f"{each.name}.yaml")
@@ -81,6 +86,13 @@ def move(each: Move) -> FittedProfile:
     ttft, tpot = errors_of(times, rows, gpu)
     errors = {"ttft_by_move": float(np.median(np.abs(ttft))), "tpot_by_move": float(np.median(np.abs(tpot)))}
     return moved_to(load_fitted(each.source), gpu, each.name, {key: round(value, 4) for key, value in errors.items()})
+
+
+def fit_tried(recipe: Recipe) -> dict[str, float]:
+    """Cross-validated errors of a fit that is not shipped."""
+    files = [read_measurements(data_file(f"profiles/{file}")) for file in recipe.files]
+    report = fit_profile(recipe.request([m for file in files for m in file.measurements], ()))
+    return {"rows": len(report.fitted_rows), **report.profile.provenance.errors}
 
 
 def fit_recipe(recipe: Recipe) -> FitReport:
@@ -107,6 +119,19 @@ def capacity(names: tuple[str, ...]) -> None:
             click.echo(f"{name} is up to date")
         else:
             build(name, shipped_capacity_path(name))
+
+
+@main.command()
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("docs/profiles.md"))
+def document(output: Path) -> None:
+    """Write the document that shows how true the shipped profiles are, and its plots."""
+    # import here: the document imports the plots, which the other commands do without
+    from benchmarks.profile_document import document_text, save_document_plots
+
+    tried = json.loads(TRIED_RESULTS.read_text()) if TRIED_RESULTS.is_file() else {}
+    write_whole(output, document_text(tried).encode("utf-8"))
+    save_document_plots(output.parent / "profiles")
+    click.echo(f"wrote {output}")
 
 
 if __name__ == "__main__":

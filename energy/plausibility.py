@@ -17,8 +17,10 @@ _SLACK = 1.0 + 1e-9
 
 def findings(profile: EnergyProfile) -> list[str]:
     """One sentence for each thing that is not physical."""
+    impossible = list(_coefficients(profile))
+    if impossible:  # nothing can be computed with them
+        return impossible
     return [
-        *_coefficients(profile),
         *_clock_axis(profile),
         *_tensor_parallel_axis(profile),
         *_idle_states(profile),

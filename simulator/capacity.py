@@ -23,7 +23,8 @@ from simulator.workload.lengths import ClassLengths
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-LOADS = (0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
+# dense where power rises steeply (the first sequence keeps the engine busy) and where latency does
+LOADS = (0.0, 0.01, 0.03, 0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.95, 1.0)
 ATTAINMENT = 0.99
 TOLERANCE = 0.02  # of the highest rate
 WARM_UP = 0.1  # share of the requests that only fill the engine
@@ -177,7 +178,7 @@ def build_capacity(
             progress(f"TP{tp} {traffic.label}: {rates[t, -1, k]:.2f} requests/s at {clocks[-1]} MHz")
     return CapacityTable(
         profile=profile.name,
-        fingerprint=fingerprint(profile, classes, limits_of),
+        fingerprint=fingerprint(profile, classes, limits_of, loads),
         tps=tps,
         sm_clocks_mhz=clocks,
         classes=tuple(traffic.load for traffic in classes),
@@ -205,9 +206,10 @@ def fingerprint(
     profile: EnergyProfile,
     classes: Sequence[ClassTraffic],
     limits_of: Callable[[EnergyProfile, int], EngineLimits] = engine_limits,
+    loads: tuple[float, ...] = LOADS,
 ) -> str:
     """Short digest of all that a table depends on; a table with another one is stale."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr((loads, ATTAINMENT, TOLERANCE, WARM_UP)).encode())
     for tp in profile.tensor_parallel:
         digest.update(repr((tp, tuple(limits_of(profile, tp)))).encode())
         for clock in profile.sm_clocks_mhz:
