@@ -182,6 +182,7 @@ class Gateway:
             for outcome in outcomes:
                 learn(outcome)
         metrics = self.services.metrics
+        metrics.settle()
         metrics.set_gauge("dynamollm_client_connections", "Open client connections", len(self._connections))
         metrics.set_gauge("dynamollm_upstream_connections", "Open instance connections", self._pool.open_connections)
         metrics.set_gauge("dynamollm_waiting_requests", "Requests waiting for an instance", self._waiting)

@@ -216,7 +216,8 @@ class Relay:
                     self._count_gaps()
                 payload = events.feed(payload)
             if payload:
-                self._client.write(wire.chunk(payload) if self._client.chunked else payload)
+                client = self._client
+                client.write(b"%x\r\n%b\r\n" % (len(payload), payload) if client.chunked else payload)
         elif self.state is State.HOLDING:
             self._held = self._held + payload if self._held else payload
             if self._answer_head.stream:

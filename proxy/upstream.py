@@ -137,7 +137,7 @@ class Connection(asyncio.Protocol):
             self._close()
             return
         self._silent = False
-        awaiting_head = self._status < _INTERIM
+        told_head = self._status >= _INTERIM
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
@@ -147,31 +147,22 @@ class Connection(asyncio.Protocol):
             self._fail(Failure.BROKEN)
             return
         try:
-            self._tell(relay, awaiting_head)
+            if not told_head:
+                if self._status < _INTERIM:
+                    return
+                relay.head(self._read_head())
+            pieces = self._pieces
+            if pieces:
+                self._pieces = []
+                relay.body(pieces[0] if len(pieces) == 1 else b"".join(pieces), self._pool.clock())
+            if self._complete and self._relay is relay:  # it may have turned away in the middle
+                self._release(relay)
         except Exception:  # a fault of ours: no client shall wait for what never comes
             if self._relay is relay:
                 self._fail(Failure.BROKEN)
             else:
                 relay.broken(Failure.BROKEN, self._pool.clock())
             raise
-
-    def _tell(self, relay: Relay, awaiting_head: bool) -> None:
-        """Give the relay what was parsed, in its order."""
-        if awaiting_head:
-            if self._status < _INTERIM:
-                return
-            head = self._head
-            if head.status != self._status or self._known_headers != self._headers:
-                self._known_headers = self._headers
-                head = self._head = InstanceHead(self._status, self._headers)
-            relay.head(head)
-        now_s = self._pool.clock()
-        pieces = self._pieces
-        if pieces:
-            self._pieces = []
-            relay.body(pieces[0] if len(pieces) == 1 else b"".join(pieces), now_s)
-        if self._complete and self._relay is relay:  # it may have turned away in the middle
-            self._release(relay, now_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The instance closed, or it was closed here."""
@@ -265,8 +256,16 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._dial = asyncio.get_running_loop().create_task(self._connect())
 
-    def _release(self, relay: Relay, now_s: float) -> None:
+    def _read_head(self) -> InstanceHead:
+        """The head of the answer; mostly it is that of the last one."""
+        if self._head.status != self._status or self._known_headers != self._headers:
+            self._known_headers = self._headers
+            self._head = InstanceHead(self._status, self._headers)
+        return self._head
+
+    def _release(self, relay: Relay) -> None:
         """The answer is complete: back to the idle ones where it can be used again."""
+        now_s = self._pool.clock()
         transport = self._transport
         self._relay = None
         self._message = b""

@@ -21,6 +21,7 @@ def routed(*headers, fields=CHAT, settings=None, **overrides):
     async def scenario():
         async with Engine() as engine, running(engine, settings=settings, **overrides) as gateway:
             got = await gateway.post(fields, headers=headers)
+            gateway.metrics.settle()
             return gateway.router.routed[0], got, engine.seen[0], gateway.metrics
 
     return play(scenario)
