@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help serve test check format lint types contracts profiles experiment lock clean
+.PHONY: help serve test check format lint types contracts bench-gateway profiles experiment lock clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,15 @@ lock: $(STAMP)  ## Resolve the dependencies anew into requirements.lock
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
 	  --upgrade --no-header --no-annotate --no-emit-index-url --quiet -o requirements.lock
+
+bench-gateway: $(STAMP)  ## Measure the gateway's cost beside nginx, haproxy and others (ARGS="--rounds 1")
+	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@for package in vllm-router sglang-router 'litellm[proxy]'; do \
+	  .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check "$$package" \
+	    || echo "bench-gateway: $$package cannot be installed here, left out" >&2; done
+	@mkdir -p benchmarks/results/gateway
+	$(BIN)/python -m benchmarks.gateway_overhead \
+	  --json benchmarks/results/gateway/runs.json --plot benchmarks/results/gateway/cpu.png $(ARGS)
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,228 @@
+"""What a gateway costs: CPU per request and per stream, and the time it adds, ours beside others in the same run.
+
+    python -m benchmarks.gateway_overhead [--rounds 5] [--gateways dynamollm,nginx,...] [--scenarios plain-300,...]
+                                          [--json FILE] [--plot FILE]
+
+Two mock engines and the load generator (``benchmarks/native``) share one core, the gateway has another. Gateways take
+turns within every round, so that what else the machine does hits all alike; quote medians, and ratios within one run.
+CPU is user plus system time of the gateway's process tree; ours runs as served: authentication, nine pools, 32
+instances, classification, prediction, metering, probes and metrics.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.adapters.gateway_processes import COMMANDS, Running, built, engines, gateways, measure
+
+ENGINE_PORTS = (19301, 19302)
+FIRST_PORT = 19310
+OURS = "dynamollm"
+SHARE_OF_REQUESTS = {"litellm": 0.05}  # of those that take so long that a twentieth tells as much
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What the load generator is told."""
+
+    name: str
+    connections: int
+    requests: int
+    prompt_bytes: int
+    events: int = 0  # 0: whole answers
+    gap_us: int = 0
+    ramp_ms: int = 0
+
+    def arguments(self, share: float) -> tuple[int, ...]:
+        """In the order of ``benchmarks/native/load.c``, with this share of the requests."""
+        requests = max(self.connections, round(self.requests * share))
+        return (self.connections, requests, self.prompt_bytes, self.events, self.gap_us, self.ramp_ms)
+
+
+SCENARIOS = (
+    Scenario("plain-300", 64, 8000, 300),
+    Scenario("plain-4k", 64, 8000, 4000),
+    Scenario("plain-32k", 64, 4000, 32_000),
+    Scenario("streams-200", 200, 600, 300, 128, 20_000, 2560),
+    Scenario("streams-800", 800, 1600, 300, 128, 20_000, 2560),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One gateway, one scenario, one round. Milliseconds; None where it does not apply."""
+
+    gateway: str
+    scenario: str
+    round: int
+    failed: int
+    cpu_ms: float  # a request or stream
+    ttft_p99_ms: float | None  # to the first event, which the engine sends at once
+    event_age_p99_ms: float | None  # added to an event
+    rss_mb: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Medians of the rounds."""
+
+    gateway: str
+    scenario: str
+    rounds: int
+    failed: int
+    cpu_ms: float
+    cpu_ratio: float  # of ours to this gateway's; below 1 ours costs less
+    ttft_p99_ms: float | None
+    event_age_p99_ms: float | None
+    rss_mb: float
+
+
+def run_once(load: Path, gateway: Running, scenario: Scenario, number: int) -> Run:
+    """Measure one gateway once."""
+    share = SHARE_OF_REQUESTS.get(gateway.name, 1.0)
+    before_s = gateway.cpu_s()
+    told: dict[str, Any] = json.loads(measure(load, gateway.port, scenario.arguments(share)))
+    cpu_ms = (gateway.cpu_s() - before_s) * 1000.0 / told["requests"]
+
+    def p99_ms(name: str) -> float | None:
+        return told[name]["p99"] / 1000.0 if name in told else None
+
+    failed = told["requests"] - told["good"]
+    return Run(
+        gateway.name,
+        scenario.name,
+        number,
+        failed,
+        cpu_ms,
+        p99_ms("ttft_us"),
+        p99_ms("event_age_us"),
+        gateway.rss_mb(),
+    )
+
+
+def summarise(runs: list[Run]) -> list[Summary]:
+    """Medians by scenario and gateway, in the order they were run."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.scenario, run.gateway), []).append(run)
+    summaries = []
+    for (scenario, gateway), own in groups.items():
+        cpu_ms = statistics.median(run.cpu_ms for run in own)
+        ours = groups.get((scenario, OURS), own)
+        summaries.append(
+            Summary(
+                gateway,
+                scenario,
+                len(own),
+                sum(run.failed for run in own),
+                cpu_ms,
+                statistics.median(run.cpu_ms for run in ours) / cpu_ms,
+                _median([run.ttft_p99_ms for run in own]),
+                _median([run.event_age_p99_ms for run in own]),
+                max(run.rss_mb for run in own),
+            )
+        )
+    return summaries
+
+
+def table(summaries: list[Summary]) -> Table:
+    """What is printed."""
+    out = Table(
+        "scenario", "gateway", "CPU ms", "ours / it", "TTFT P99 ms", "event P99 ms", "RSS MB", "failed", box=None
+    )
+    for each in summaries:
+        out.add_row(
+            each.scenario,
+            each.gateway,
+            f"{each.cpu_ms:.4f}",
+            f"{each.cpu_ratio:.2f}",
+            _shown(each.ttft_p99_ms),
+            _shown(each.event_age_p99_ms),
+            f"{each.rss_mb:.0f}",
+            str(each.failed),
+        )
+    return out
+
+
+def plot(summaries: list[Summary], file: Path) -> None:
+    """CPU a request, one panel a scenario, on a logarithmic scale."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    scenarios = list(dict.fromkeys(each.scenario for each in summaries))
+    figure, panels = pyplot.subplots(1, len(scenarios), figsize=(3.2 * len(scenarios), 3.4), squeeze=False)
+    for panel, scenario in zip(panels[0], scenarios, strict=True):
+        own = sorted((each for each in summaries if each.scenario == scenario), key=lambda each: each.cpu_ms)
+        colours = ["tab:orange" if each.gateway == OURS else "tab:grey" for each in own]
+        bars = panel.barh([each.gateway for each in own], [each.cpu_ms for each in own], color=colours)
+        panel.bar_label(bars, [f"{each.cpu_ms:.3g}" for each in own], padding=2, fontsize=8)
+        panel.set_xscale("log")
+        panel.set_xlim(right=max(each.cpu_ms for each in own) * 3)
+        panel.set_title(scenario, fontsize=10)
+        panel.set_xlabel("CPU ms " + ("a stream" if scenario.startswith("streams") else "a request"), fontsize=9)
+        panel.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _shown(value_ms: float | None) -> str:
+    return "" if value_ms is None else f"{value_ms:.2f}"
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--gateways", "names", default=",".join(COMMANDS), show_default=True)
+@click.option("--scenarios", default=",".join(s.name for s in SCENARIOS), show_default=True)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all runs here.")
+@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the CPU costs here.")
+def main(rounds: int, names: str, scenarios: str, json_file: Path | None, plot_file: Path | None) -> None:
+    """Measure gateways in front of two mock engines."""
+    console = Console()
+    chosen = [scenario for scenario in SCENARIOS if scenario.name in scenarios.split(",")]
+    runs = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        built(Path(folder)) as (engine, load),
+        engines(engine, ENGINE_PORTS),
+        gateways(names.split(","), FIRST_PORT, ENGINE_PORTS) as running,
+    ):
+        for number in range(rounds):
+            for scenario in chosen:
+                for gateway in running:
+                    run = run_once(load, gateway, scenario, number)
+                    runs.append(run)
+                    console.print(f"round {number + 1} {run.scenario} {run.gateway}: {run.cpu_ms:.4f} ms", style="dim")
+    summaries = summarise(runs)
+    console.print(table(summaries))
+    console.print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end")
+    if json_file is not None:
+        document = {
+            "cores": os.cpu_count(),
+            "load_average": os.getloadavg(),
+            "summaries": [asdict(each) for each in summaries],
+            "runs": [asdict(run) for run in runs],
+        }
+        temporary = json_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        os.replace(temporary, json_file)
+    if plot_file is not None:
+        plot(summaries, plot_file)
+
+
+if __name__ == "__main__":
+    main()
