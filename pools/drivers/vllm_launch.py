@@ -54,7 +54,7 @@ def environment(
     own = {
         "CUDA_VISIBLE_DEVICES": ",".join(str(gpu.index) for gpu in spec.gpus),
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_SERVER_DEV_MODE": "1" if launch.can_park else "0",
+        **({"VLLM_SERVER_DEV_MODE": "1"} if launch.can_park else {}),
         NODE: spec.gpus[0].node,
         MARK: spec.id,
         CONTROLLER: controller,

@@ -66,12 +66,13 @@ class EngineProcess:
 
 
 def last_error(log_path: Path) -> str:
-    """The last line of a log that names an error, else its last line; empty if it has none."""
+    """The last line of a log that names an error with the one below, else its last line; empty if it has none."""
     with log_path.open("rb") as log:
         log.seek(max(0, log_path.stat().st_size - LOG_TAIL_BYTES))
         lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line or "error:" in line]
-    return (errors or lines or [""])[-1][-LOG_TOLD_CHARACTERS:]
+    errors = [number for number, line in enumerate(lines) if "Error" in line or "error:" in line]
+    told = lines[errors[-1] : errors[-1] + 2] if errors else lines[-1:]
+    return " ".join(told)[:LOG_TOLD_CHARACTERS]
 
 
 def this_controller() -> str:

@@ -24,7 +24,7 @@ class Server(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         if self.path == "/v1/completions":
             self.complete(json.loads(body))
-        elif os.environ["VLLM_SERVER_DEV_MODE"] == "1" and self.path in ("/sleep?level=1", "/wake_up"):
+        elif os.environ.get("VLLM_SERVER_DEV_MODE") == "1" and self.path in ("/sleep?level=1", "/wake_up"):
             Server.asleep = self.path.startswith("/sleep")
             self.answer({})
         else:
