@@ -1,6 +1,6 @@
 """Published figures about GPUs and this kind of cluster, side by side with what the shipped profiles give.
 
-Some went into the profiles (marked ``input``), the others check them.
+Some went into the profiles, as a prior or to place the knee (marked ``input``); the others check them.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,11 @@ def _paper() -> list[Anchor]:
     dynamo = "DynamoLLM, second-hand"
     return [
         Anchor(
-            "LL on TP8, energy over clock", dynamo, "U-shape, least at 1.6 GHz", f"least at {least_at} MHz ({curve} J)"
+            "LL on TP8, energy over clock",
+            dynamo,
+            "U-shape, least at 1.6 GHz",
+            f"least at {least_at} MHz ({curve} J)",
+            "input",
         ),
         Anchor(
             "SS at 2,000 tokens/s: cheapest point",
@@ -104,12 +108,14 @@ def _decode_clocks() -> list[Anchor]:
             source,
             "saves 47-90 W",
             f"saves {min(saved):.0f}-{max(saved):.0f} W",
+            "input",
         ),
         Anchor(
             f"decode energy saved at {LOW_CLOCK_MHZ} MHz, and its price",
             source,
             "up to 32 % at < 1 % throughput (best clock)",
             f"{100 * min(energy):.0f}-{100 * max(energy):.0f} % at {100 * min(slower):.1f}-{100 * max(slower):.1f} %",
+            "input",
         ),
     ]
 

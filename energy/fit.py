@@ -77,7 +77,7 @@ def fit_profile(request: FitRequest) -> FitReport:
         kv_capacity={tp: kv_capacity[tp] for tp in times.times},
         sm_clocks_mhz=_clocks(rows, gpu),
         provenance=Provenance(
-            origin={**_origin(kind, rows, power), **request.notes},
+            origin={**_origin(gpu, rows, power), **request.notes},
             sources=request.sources,
             validity=_validity(rows),
             errors=errors,
@@ -91,7 +91,7 @@ def _physics(kind: Measurement, request: FitRequest) -> GpuPhysics:
     if request.board_w is not None:
         gpu = replace(gpu, board_w=request.board_w)
     if request.idle_w is not None:
-        gpu = replace(gpu, loaded_w=request.idle_w)
+        gpu = replace(gpu, loaded_w=request.idle_w, idle_origin="loaded: measured by who fitted it; bare: as before")
     return gpu
 
 
@@ -123,6 +123,7 @@ def _unknown_gpu(name: str, request: FitRequest) -> GpuPhysics:
         memory_w=0.33 * board_w,
         knee_mhz=reference.knee_mhz / reference.max_clock_mhz * highest,
         issue_mhz=reference.issue_mhz / reference.max_clock_mhz * highest,
+        idle_origin="physical assumption: shares of the lowest power measured",
     )
 
 
@@ -209,15 +210,14 @@ def _validity(rows: Sequence[Measurement]) -> Validity:
     return Validity((min(inputs), max(inputs)), (min(outputs), max(outputs)), (min(clients), max(clients)))
 
 
-def _origin(kind: Measurement, rows: Sequence[Measurement], power: PowerFit | None) -> dict[str, str]:
+def _origin(gpu: GpuPhysics, rows: Sequence[Measurement], power: PowerFit | None) -> dict[str, str]:
     clocks = {m.sm_clock_mhz for m in rows if m.sm_clock_mhz}
     swept = len(clocks) > 1
-    known = kind.gpu in GPUS
     origin = {
         "load": "fitted to closed-loop measurements",
         "tensor_parallel": "fitted: every TP was measured",
         "sm_clock": f"fitted over {len(clocks)} clocks" if swept else "physical assumption: measured at one clock only",
-        "idle_power": "published measurements" if known else "physical assumption",
+        "idle_power": gpu.idle_origin,
         "activity_power": "fitted" if power else "physical assumption: no power was measured",
     }
     if power and "knee_mhz" not in power.fitted:

@@ -31,7 +31,8 @@ class GpuPhysics:
     memory_clock_share: float  # share of memory_w that is spent in the core's clock domain
     knee_mhz: float  # below it the voltage is at its floor
     floor_voltage: float  # floor voltage over the voltage at the maximum clock
-    issue_mhz: float  # clock at which SM issue alone would halve (to 2^(1/4)) the memory bandwidth
+    issue_mhz: float  # clock at which SM issue would stretch memory traffic by 2^(1/4)
+    idle_origin: str = "physical assumption"  # where bare_w and loaded_w come from
 
     def voltage(self, sm_clock_mhz: float) -> float:
         """Core voltage relative to that at the maximum clock."""
@@ -76,9 +77,13 @@ class GpuPhysics:
         return (*range(lowest_mhz, self.max_clock_mhz - step_mhz // 2, step_mhz), self.max_clock_mhz)
 
 
-# Peaks, bandwidth, board power and clocks: NVIDIA datasheets (dense, SXM). bare_w and loaded_w of H100: measured,
-# 71.8 and 121.7 W. idle_clock_share: low clocks cut idle power by 22 %. The H200 is the H100's die with other memory.
-# issue_mhz: decode loses under 2 % from the maximum clock down to 780 MHz on H200 (arXiv 2605.11999).
+# Peaks, bandwidth, board power and clocks: NVIDIA datasheets (dense, SXM). H100 bare and loaded: measured 71.8 and
+# 121.7 W; low clocks cut idle power by 22 % (arXiv 2604.04745), hence idle_clock_share. active_w, compute_w, memory_w
+# are priors of a fit: a prefill at full rate draws the board's power (Splitwise), decoding 137-300 W on H200 and
+# 47-90 W less at 780 MHz, losing under 2 % (arXiv 2605.11999): hence memory_w, memory_clock_share, floor_voltage and
+# issue_mhz. The knee puts the paper's U-shape of energy over clock where it reports it. The H200 is the H100's die.
+# A100: Splitwise's averages of decoding one sequence (174, 238, 294 W at 19, 39, 63 % of bandwidth) are a line through
+# 122 W with 273 W for the whole bandwidth; its lowest averages, over mostly idle time, are 69 W.
 _H100 = GpuPhysics(
     name="H100-SXM",
     memory_bytes=80e9,
@@ -98,6 +103,7 @@ _H100 = GpuPhysics(
     knee_mhz=1400.0,
     floor_voltage=0.70,
     issue_mhz=400.0,
+    idle_origin="published measurements",
 )
 _H200 = GpuPhysics(
     name="H200-SXM",
@@ -118,6 +124,7 @@ _H200 = GpuPhysics(
     knee_mhz=1400.0,
     floor_voltage=0.70,
     issue_mhz=400.0,
+    idle_origin="physical assumption: as the H100's, with a little more for its memory when bare",
 )
 _A100 = GpuPhysics(
     name="A100-80GB-SXM",
@@ -138,6 +145,7 @@ _A100 = GpuPhysics(
     knee_mhz=1000.0,
     floor_voltage=0.75,
     issue_mhz=350.0,
+    idle_origin="loaded: Splitwise's averages over mostly idle time; bare: physical assumption",
 )
 GPUS: dict[str, GpuPhysics] = {gpu.name: gpu for gpu in (_H100, _H200, _A100)}
 

@@ -37,6 +37,7 @@ def moved_to(profile: FittedProfile, gpu: GpuPhysics, name: str, errors: dict[st
                 **profile.provenance.origin,
                 "load": moved,
                 "tensor_parallel": moved,
+                "idle_power": gpu.idle_origin,
                 "activity_power": f"physical assumption: that of {profile.name}, the same die",
             },
             sources=profile.provenance.sources,

@@ -169,3 +169,18 @@ def test_every_class_is_carried_by_some_instance_of_every_shipped_profile():
         assert (table.max_rate.max(axis=(0, 1)) > 0).all(), name
         assert [each.label for each in table.classes] == [request_class.name for request_class in RequestClass]
         assert [each.tbt_slo_s for each in table.classes] == [ClassSlos().tbt_s] * 9
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_feasibility_is_monotone_and_power_above_idle_in_every_shipped_cell(name):
+    profile, table = load_profile(name), load_capacity(name)
+    assert (np.diff(table.max_rate, axis=1) >= 0).all()  # a higher clock never carries less
+    carried = table.max_rate > 0
+    slo_s = np.array([[each.ttft_slo_s, each.tbt_slo_s] for each in table.classes])
+    assert (table.ttft_p50[..., -1][carried] <= np.broadcast_to(slo_s[:, 0], carried.shape)[carried]).all()
+    assert (table.tbt_p99[..., -1][carried] <= 1.01 * np.broadcast_to(slo_s[:, 1], carried.shape)[carried]).all()
+    for t, tp in enumerate(table.tps):
+        for i, clock in enumerate(table.sm_clocks_mhz):
+            idle_w, most_w = (tp * getattr(profile.step(tp, clock), field) for field in ("idle_w", "max_w"))
+            assert (table.power[t, i] >= idle_w * 0.999).all()
+            assert (table.power[t, i] <= most_w * 1.001).all()
