@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -56,8 +58,24 @@ def command(config_file: Path | None, engine: str | None, host: str | None, port
         ) from None
     with contextlib.suppress(KeyboardInterrupt), listener:
         url = "http://{}:{}".format(*listener.getsockname()[:2])
-        server = uvicorn.Server(gateway_config(application.services, place.shutdown_grace_s, admin_routes(application)))
+        server = GatewayServer(gateway_config(application.services, place.shutdown_grace_s, admin_routes(application)))
         uvloop.run(_serve(application, server, [listener], url))
+
+
+class GatewayServer(uvicorn.Server):
+    """A uvicorn server that leaves the signals to us: it would re-raise them before the cluster is stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the server gracefully; a second one at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        yield
+
+    def _on_signal(self) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 async def _serve(application: Application, server: uvicorn.Server, sockets: list[socket.socket], url: str) -> None:
