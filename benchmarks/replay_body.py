@@ -29,11 +29,11 @@ class RequestBodies:
 
     def render(self, request: ReplayRequest) -> bytes:
         """The body of one request."""
-        return self.of(request.number, self.calibration.words(request.input_tokens), request.output_tokens)
+        words = self.calibration.words(request.input_tokens)
+        return self.around(self.text.stretch(request.number, words), request.output_tokens)
 
-    def of(self, number: int, words: int, output_tokens: int) -> bytes:
-        """A body with a prompt of that many words."""
-        prompt = self.text.stretch(number, words)
+    def around(self, prompt: bytes, output_tokens: int) -> bytes:
+        """A body with this prompt, which must need no escaping in JSON."""
         opening, closing = (b'"messages":[{"role":"user","content":"', b'"}]') if self.chat else (b'"prompt":"', b'"')
         return (
             b'{"model":%b,%b%b%b,"max_tokens":%d,"ignore_eos":true,"stream":true,'

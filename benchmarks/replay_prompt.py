@@ -1,20 +1,21 @@
 """Prompts of a wanted number of tokens for a target whose tokenizer is not at hand. Pure.
 
 The text is made of common four-letter English words: one token each for the usual byte-pair vocabularies, and of one
-length, so that targets that estimate from bytes are as regular. Two probes tell what the target counts for n words:
-``tokens = fixed + per_word * n`` (fixed: its chat template). What was reached is measured on every answer.
+length, so that targets that estimate from bytes are as regular. One probe for each word tells which of them the target
+counts alike; two more, how many tokens it counts for n of those: ``tokens = fixed + per_word * n`` (fixed: its chat
+template). What was reached is measured on every answer.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 _WORDS = """
-time year work life hand part home week case fact city name game line book word side head food team door form body view
-plan road land wall tree bird fish king snow rain wind fire gold ship farm milk rock sand moon star blue cold warm dark
-deep fast high long next open rich slow tall wide wild wise able best both each even ever
+time year work life hand part home week case city name game line book side head food team door form body view road land
 """
-VOCABULARY = _WORDS.split()
+VOCABULARY = tuple(_WORDS.split())
 WORD_BYTES = 5  # four letters and a space
 TEXT_WORDS = 1 << 17
 _STRIDE = 40_503  # odd: the starts of successive prompts are spread over the text and none repeats early
@@ -46,15 +47,28 @@ def calibrated(fewer: tuple[int, int], more: tuple[int, int]) -> Calibration:
     return Calibration(fewer[1] - per_word * fewer[0], per_word)
 
 
+def counted_alike(tokens: Mapping[str, int]) -> tuple[str, ...]:
+    """The largest group of words that the target counted the same number of tokens for; the cheaper one of equals."""
+    groups = Counter(tokens.values())
+    commonest = min(groups, key=lambda count: (-groups[count], count))
+    return tuple(word for word, count in tokens.items() if count == commonest)
+
+
+def repeated(word: str, words: int) -> bytes:
+    """A prompt of one word, over and over."""
+    return f" {word}".encode() * words
+
+
 class PromptText:
     """A long seeded text; each prompt is a stretch of it that begins somewhere else, so that no prefix cache helps."""
 
-    def __init__(self, seed: int = 0) -> None:
-        picked = np.random.default_rng(seed).integers(len(VOCABULARY), size=TEXT_WORDS)
-        self._text = b"".join(f"{VOCABULARY[index]} ".encode() for index in picked)
+    def __init__(self, words: tuple[str, ...] = VOCABULARY, seed: int = 0) -> None:
+        picked = np.random.default_rng(seed).integers(len(words), size=TEXT_WORDS)
+        spelled = [f" {word}".encode() for word in words]
+        self._text = b"".join([spelled[index] for index in picked])
 
     def stretch(self, number: int, words: int) -> bytes:
-        """``words`` words for request ``number``: ASCII without anything to escape, no space at the end."""
+        """``words`` words for request ``number``, a space before each: ASCII without anything to escape."""
         text = self._text * (2 + words // TEXT_WORDS)
         start = (number * _STRIDE) % TEXT_WORDS * WORD_BYTES
-        return text[start : start + words * WORD_BYTES - 1]
+        return text[start : start + words * WORD_BYTES]

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 from benchmarks.adapters.clock import MonotonicClock
 from benchmarks.adapters.http_streams import HttpStreams, Target
-from benchmarks.adapters.target_facts import TargetError, energy_counter_j, first_model, probe_tokens
+from benchmarks.adapters.target_facts import TargetError, energy_counter_j, first_model, probe_prompts
 from benchmarks.replay import Outcome, Replay, ReplayRequest
-from benchmarks.replay_body import RequestBodies
 from benchmarks.replay_report import ReplayReport, Tally
 from pools.classes import ClassSlos
 from simulator.workload.arrivals import Arrivals
@@ -44,8 +43,7 @@ async def run_replay(order: ReplayOrder, on_done: Callable[[int], None] = lambda
     """
     clock = MonotonicClock()
     model = order.model or await first_model(order.target)
-    probes = RequestBodies(model, order.chat)
-    bodies = RequestBodies(model, order.chat, await probe_tokens(order.target, probes, clock), probes.text)
+    bodies = await probe_prompts(order.target, model, order.chat, clock)
     energy_before_j = await _energy_j(order)
 
     tally = Tally(order.slos)

@@ -6,9 +6,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.adapters.http_streams import HttpStreams, Target
 from benchmarks.replay import Clock, ReplayRequest
 from benchmarks.replay_body import RequestBodies
-from benchmarks.replay_prompt import Calibration, calibrated
+from benchmarks.replay_prompt import VOCABULARY, PromptText, calibrated, counted_alike, repeated
 
-PROBE_WORDS = (16, 272)
+WORD_PROBE = 32  # words
+LENGTH_PROBES = (32, 288)  # words
 _PROBE_TIMEOUT_S = 120.0
 ENERGY_COUNTERS = {  # name -> joules of its unit
     "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION": 1e-3,  # of each GPU: DCGM, our node agents, emulated nodes
@@ -38,29 +39,34 @@ async def first_model(target: Target) -> str:
         raise TargetError(f"{url} lists no model: name it with --model") from error
 
 
-async def probe_tokens(target: Target, bodies: RequestBodies, clock: Clock) -> Calibration:
-    """How the target counts tokens, from two one-token completions. Raises TargetError if they fail."""
+async def probe_prompts(target: Target, model: str, chat: bool, clock: Clock) -> RequestBodies:
+    """Bodies whose prompts have the wanted number of tokens as the target counts, found by one-token completions.
 
-    def render(request: ReplayRequest) -> bytes:
-        return bodies.of(request.number, request.input_tokens, 1)
-
-    streams = HttpStreams(target, bodies.path, render, clock, _PROBE_TIMEOUT_S)
-    counted = []
+    Raises TargetError if one of them fails, or the target reports no usage.
+    """
+    plain = RequestBodies(model, chat)
+    counts = {word: await _counted(target, plain, repeated(word, WORD_PROBE), clock) for word in VOCABULARY}
+    text = PromptText(counted_alike(counts))
+    # numbers from the end of the text: a probe shares no prefix with the requests to come
+    points = [(words, await _counted(target, plain, text.stretch(-1 - words, words), clock)) for words in LENGTH_PROBES]
     try:
-        for number, words in enumerate(PROBE_WORDS):
-            # numbers from the end of the text: a probe shares no prefix with the requests to come
-            outcome = await streams.complete(ReplayRequest(-1 - number, clock.now_s(), words, 1))
-            if outcome.failure is not None:
-                raise TargetError(f"a first request of {words} words to {target.url} failed: {outcome.failure}")
-            if outcome.prompt_tokens is None:
-                raise TargetError(f"{target.url} reports no usage with stream_options.include_usage")
-            counted.append((words, outcome.prompt_tokens))
-    finally:
-        streams.close()
-    try:
-        return calibrated(*counted)
+        return RequestBodies(model, chat, calibrated(*points), text)
     except ValueError as error:
         raise TargetError(str(error)) from error
+
+
+async def _counted(target: Target, bodies: RequestBodies, prompt: bytes, clock: Clock) -> int:
+    """How many tokens the target counts for a prompt."""
+    streams = HttpStreams(target, bodies.path, lambda request: bodies.around(prompt, 1), clock, _PROBE_TIMEOUT_S)
+    try:
+        outcome = await streams.complete(ReplayRequest(0, clock.now_s(), 0, 1))
+    finally:
+        streams.close()
+    if outcome.failure is not None:
+        raise TargetError(f"a first request of {len(prompt)} characters to {target.url} failed: {outcome.failure}")
+    if outcome.prompt_tokens is None:
+        raise TargetError(f"{target.url} reports no usage with stream_options.include_usage")
+    return outcome.prompt_tokens
 
 
 async def energy_counter_j(metrics_url: str) -> float:

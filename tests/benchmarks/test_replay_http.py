@@ -16,14 +16,15 @@ from benchmarks.adapters.clock import MonotonicClock
 from benchmarks.adapters.http_connection import Connection
 from benchmarks.adapters.http_streams import HttpStreams, Target
 from benchmarks.adapters.replay_run import ReplayOrder, run_replay
-from benchmarks.adapters.target_facts import TargetError, energy_counter_j, first_model, probe_tokens
+from benchmarks.adapters.target_facts import TargetError, energy_counter_j, first_model, probe_prompts
 from benchmarks.replay import Outcome, ReplayRequest
 from benchmarks.replay_body import RequestBodies
-from benchmarks.replay_prompt import PromptText
+from benchmarks.replay_prompt import VOCABULARY, Calibration, PromptText
 from dynamollm.commands.replay import command
 from simulator.workload.arrivals import Arrivals
 
 TEXT = PromptText()
+PROBES = len(VOCABULARY) + 2  # requests before the replay's first
 
 
 def arrivals(count: int, gap_s: float = 0.0, input_tokens: int = 40, output_tokens: int = 4) -> Arrivals:
@@ -251,16 +252,33 @@ def with_server(use, **set_up):
     return asyncio.run(main())
 
 
-def test_the_target_is_asked_for_its_model_and_its_way_of_counting():
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_target_is_asked_for_its_model_and_its_way_of_counting(chat):
     async def use(server):
         target = Target.of(server.url, "key")
         model = await first_model(target)
-        return model, await probe_tokens(target, RequestBodies(model, text=TEXT), MonotonicClock()), server
+        return model, await probe_prompts(target, model, chat, MonotonicClock()), server
 
-    model, calibration, server = with_server(use)
+    model, bodies, server = with_server(use)
     assert model == "tiny"
-    assert (calibration.fixed_tokens, calibration.tokens_per_word) == (10, 1)
+    assert bodies.calibration == Calibration(10 if chat else 0, 1)
     assert server.calls[0].headers["authorization"] == "bearer key"
+
+
+def test_prompts_are_exact_though_the_target_counts_words_unalike():
+    async def awkward(call: Call) -> None:
+        call.head()
+        call.token()
+        tokens = 3 + sum(1 + ("o" in word) for word in call.prompt.split())
+        call.event({"choices": [], "usage": {"prompt_tokens": tokens, "completion_tokens": call.body["max_tokens"]}})
+        call.end()
+
+    async def use(server):
+        return await run_replay(ReplayOrder("t", arrivals(30, input_tokens=777), Target.of(server.url)))
+
+    report = with_server(use, script=awkward)
+    assert report.total.finished == 30
+    assert report.input_token_error.max == 0
 
 
 async def no_usage(call: Call) -> None:
@@ -337,7 +355,8 @@ def test_telemetry_without_the_counter_says_so(telemetry, says):
 
 def test_a_replay_accounts_for_every_request():
     async def mixed(call: Call) -> None:
-        await (good, good, saturated, error_event)[call.number % 4](call) if call.number > 1 else await good(call)
+        number = call.number - PROBES
+        await (good if number < 0 else (good, good, saturated, error_event)[number % 4])(call)
 
     done = []
     report = with_server(
@@ -353,7 +372,7 @@ def test_a_replay_accounts_for_every_request():
 def test_a_signal_ends_a_replay_with_what_was_done():
     async def stuck(call: Call) -> None:
         await good(call)
-        if call.number == 3:
+        if call.number == PROBES + 3:
             os.kill(os.getpid(), signal.SIGINT)
 
     report = with_server(
@@ -409,7 +428,7 @@ def test_the_command_replays_a_file_and_prints_tables(tmp_path):
         assert result.exit_code == 0, result.output
         assert "30 planned = 30 finished + 0 failed" in result.output
         assert "MS" in result.output
-        asked = sorted(call.body["max_tokens"] for call in server.calls[2:])
+        asked = sorted(call.body["max_tokens"] for call in server.calls[PROBES:])
     assert asked == list(range(5, 35))
 
 
@@ -427,7 +446,7 @@ def test_the_command_prints_json_of_a_window(tmp_path):
 
 def test_the_command_fails_when_nothing_finished(tmp_path):
     async def after_probes(call: Call) -> None:
-        await (good if call.number < 2 else saturated)(call)
+        await (good if call.number < PROBES else saturated)(call)
 
     path = tmp_path / "trace.csv"
     path.write_text(TRACE)
