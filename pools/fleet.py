@@ -242,6 +242,12 @@ class Fleet:
         if i is not None:
             scoring.start(self.load, i, now_s, flight.request.input_tokens)
 
+    def assume_started(self, now_s: float) -> None:
+        """Take requests that are not streamed to have begun when they were expected to: nobody sees it."""
+        for flight in self.flights.values():
+            if not flight.started and not flight.request.streamed and now_s >= flight.due_s:
+                self.started(flight, now_s)
+
     def left(self, request_id: str, now_s: float) -> Flight | None:
         """Forget a request; None if it was not in flight."""
         flight = self.flights.pop(request_id, None)

@@ -19,6 +19,7 @@ class Request:
     slo: Slo
     priority: int = 0  # higher is more important; below 0 may be shed
     tenant: str = "default-flow"
+    streamed: bool = True  # else its first token is not seen: the whole answer comes at once
 
     @property
     def deadline_s(self) -> float:

@@ -246,6 +246,7 @@ class Router:
         ``squash_late_s`` is given up, sent or waiting. Call it now and then: it looks at all requests in flight.
         """
         limits = self.limits.escalation
+        self.fleet.assume_started(now_s)
         done = self._squash_waiting(now_s) if limits.squash_late_s < float("inf") else []
         searches = limits.searches
         for flight in late(self.fleet.flights.values(), now_s):

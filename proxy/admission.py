@@ -191,6 +191,7 @@ class Admission:
             slo,
             self._priority(fields, terms),
             terms.tenant,
+            fields.stream,
         )
 
     def _model(self, name: str | None) -> str:

@@ -1,5 +1,7 @@
 """Escalation: late requests without a first token move, or are squashed; others are left alone."""
 
+from dataclasses import replace
+
 import pytest
 from pool_examples import cluster, request
 
@@ -54,6 +56,15 @@ def test_started_ones_are_never_moved():
     router.route(request("a", slo=Slo(1.0, 0.1)), 0.0)
     router.on_first_token("a", 0.5)
     assert router.escalate(0.9) == []
+
+
+def test_one_that_is_not_streamed_is_taken_to_have_begun_when_it_should_have():
+    router = router_of({MM: 2})
+    unseen = replace(request("a", slo=Slo(1.0, 0.1)), streamed=False)
+    router.route(unseen, 0.0)
+    assert router.escalate(0.6) == []
+    assert router.fleet.load.pending_tokens[router.fleet.index["MM-0"]] == 0.0
+    assert router.in_flight("MM-0") == 1
 
 
 def test_nowhere_better_it_stays():
