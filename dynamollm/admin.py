@@ -74,6 +74,7 @@ def describe_cluster(application: Application) -> Json:
         "gpus": sum(placement.nodes.values()),
         "gpus_free": sum(placement.free_gpus(node) for node in placement.nodes),
         "queued": router.queue.depth,
+        "metered_j": application.ledger.metered_j,
         "operations_under_way": application.operations.busy,
         "ticks": control.ticks,
     }

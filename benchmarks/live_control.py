@@ -1,0 +1,188 @@
+"""The live demonstration: `dynamollm serve` with its controller, a trace replayed through it, watched from outside.
+
+``python -m benchmarks.live_control --trace azure-conv --speedup 10 --duration 3600``
+
+Starts the gateway with the built-in cluster and the replay as processes of their own, asks ``/admin/status`` every two
+seconds, and afterwards simulates ``single-pool`` on the same arrivals, sped up alike. Writes a JSON and a plot: load,
+GPUs by TP, clocks and power over time. Energy is the emulated GPUs' own counters, requests are the replay's account.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from energy.adapters.capacity_file import load_capacity
+from energy.adapters.catalogue import load_profile
+from simulator.experiment import Scenario, prepare
+from simulator.simulation import simulate
+from simulator.workload.adapters.catalogue import open_workload
+from simulator.workload.arrivals import Arrivals, Workload
+from simulator.workload.transform import window
+
+OUT = Path(__file__).resolve().parent / "results" / "live-control"
+PERIOD_S = 2.0
+PROFILE = "llama-3.1-70b-fp8-h100"
+NODES = 4  # of the built-in cluster
+
+
+def main() -> None:
+    """Run the demonstration and store it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", default="azure-conv")
+    parser.add_argument("--speedup", type=float, default=10.0)
+    parser.add_argument("--duration", type=float, default=3600.0, help="seconds of the trace")
+    parser.add_argument("--port", type=int, default=18432)
+    parser.add_argument("--out", type=Path, default=OUT)
+    given = parser.parse_args()
+    url = f"http://127.0.0.1:{given.port}"
+    with served(given.port):
+        samples, report = watched(url, given.trace, given.speedup, given.duration)
+        decisions = httpx.get(f"{url}/admin/decisions", params={"last": 500}, timeout=30).json()
+    workload = sped_up(window(open_workload(given.trace), 0.0, given.duration), given.speedup)
+    baseline_j = single_pool_j(workload)
+    result = {
+        "command": " ".join(sys.argv[1:]),
+        "machine": f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}, load {os.getloadavg()[0]:.1f}",
+        "replay": report,
+        "changes": changes_of(decisions),
+        "energy_j": energy_of(samples),
+        "single_pool_simulated_j": baseline_j,
+        "samples": samples,
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "run.json").write_text(json.dumps(result, indent=1))
+    plot(samples, given.out / "run.png")
+    saved = 1.0 - energy_of(samples) / baseline_j
+    print(json.dumps({k: result[k] for k in ("changes", "energy_j", "single_pool_simulated_j")}, indent=1))
+    print(
+        f"energy against single-pool (simulated, {8 * NODES} GPUs always on): {-saved:+.1%}; plot {given.out}/run.png"
+    )
+
+
+@contextmanager
+def served(port: int) -> Iterator[None]:
+    """The gateway as a person starts it; ended by SIGINT."""
+    environ = {**os.environ, "DYNAMOLLM_CONTROLLER__WARM_UP_S": "10", "DYNAMOLLM_DRIVER__STARTUP_S": "5"}
+    process = subprocess.Popen([sys.executable, "-m", "dynamollm", "serve", "--port", str(port)], env=environ)
+    try:
+        deadline_s = time.monotonic() + 60
+        while time.monotonic() < deadline_s and process.poll() is None:
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=2).status_code == httpx.codes.OK:
+                    break
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def watched(url: str, trace: str, speedup: float, duration_s: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Replay, and what the gateway said of itself meanwhile."""
+    replay = subprocess.Popen(
+        f"{sys.executable} -m dynamollm replay --json --trace {trace} --url {url} "
+        f"--speedup {speedup} --duration {duration_s}".split(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    samples = []
+    began_s = time.monotonic()
+    with httpx.Client(base_url=url, timeout=10) as client:
+        while replay.poll() is None:
+            status = client.get("/admin/status").json()
+            samples.append(sample_of(time.monotonic() - began_s, status))
+            time.sleep(PERIOD_S)
+    output = replay.stdout.read() if replay.stdout else "{}"
+    return samples, json.loads(output)
+
+
+def sample_of(at_s: float, status: dict[str, Any]) -> dict[str, Any]:
+    """One moment: GPUs by TP, mean clock, load and power of the instances."""
+    running = [i for i in status["instances"] if i["state"] in ("ready", "draining", "starting")]
+    gpus_by_tp = {str(tp): sum(i["tp"] for i in running if i["tp"] == tp) for tp in (2, 4, 8)}
+    gpus = sum(gpus_by_tp.values())
+    return {
+        "at_s": round(at_s, 2),
+        "gpus_by_tp": gpus_by_tp,
+        "instances": len(running),
+        "mean_sm_clock_mhz": sum(i["tp"] * i["sm_clock_mhz"] for i in running) / max(gpus, 1),
+        "rate_rps": sum(i["rate_rps"] or 0.0 for i in running),
+        "power_w": sum(i["power_w"] or 0.0 for i in running),
+        "queued": status["queued"],
+        "metered_j": status["metered_j"],
+    }
+
+
+def energy_of(samples: Sequence[dict[str, Any]]) -> float:
+    """What the GPUs' counters rose by while the trace was replayed."""
+    return float(samples[-1]["metered_j"] - samples[0]["metered_j"])
+
+
+def changes_of(decisions: dict[str, Any]) -> dict[str, int]:
+    """Operations by kind and outcome."""
+    counts: dict[str, int] = {}
+    for operation in decisions["operations"]:
+        key = f"{operation['action']['kind']} {operation['outcome']}"
+        counts[key] = counts.get(key, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def sped_up(workload: Workload, speedup: float) -> Workload:
+    """The same requests, closer together."""
+
+    def chunks() -> Iterator[Arrivals]:
+        for chunk in workload.chunks():
+            yield Arrivals(chunk.arrival_s / speedup, chunk.input_tokens, chunk.output_tokens)
+
+    name, duration_s = f"{workload.name} at {speedup:g}x", workload.duration_s / speedup
+    return Workload(name, duration_s, workload.expected_requests, chunks)
+
+
+def single_pool_j(workload: Workload) -> float:
+    """What the paper's baseline uses for the same arrivals on the same nodes: all of them, TP8, highest clock."""
+    scenario = Scenario(load_profile(PROFILE), load_capacity(PROFILE), NODES)
+    setup, controller = prepare(scenario, "single-pool", workload)
+    return simulate(setup, workload, controller, "single-pool", 0).energy_j
+
+
+def plot(samples: Sequence[dict[str, Any]], path: Path) -> None:
+    """Load, GPUs by TP, mean clock and power over time."""
+    at_s = np.array([s["at_s"] for s in samples])
+    figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True, constrained_layout=True)
+    axes[0].plot(at_s, [s["rate_rps"] for s in samples], color="black")
+    axes[0].set_ylabel("requests/s")
+    by_tp = [[s["gpus_by_tp"][tp] for s in samples] for tp in ("2", "4", "8")]
+    axes[1].stackplot(at_s, by_tp, labels=("TP2", "TP4", "TP8"), colors=("#c6dbef", "#6baed6", "#2171b5"), step="post")
+    axes[1].legend(loc="upper left", ncols=3, fontsize=8)
+    axes[1].set_ylabel("GPUs holding\nan instance")
+    axes[2].plot(at_s, [s["mean_sm_clock_mhz"] for s in samples], color="#31a354")
+    axes[2].set_ylabel("mean SM clock,\nMHz")
+    axes[3].plot(at_s, [s["power_w"] / 1000 for s in samples], color="#de2d26")
+    axes[3].set_ylabel("power of\ninstances, kW")
+    axes[3].set_xlabel("seconds since the replay began")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
