@@ -1,4 +1,4 @@
-"""``dynamollm profile``: fit profiles to measurements, show, compare and check them."""
+"""``dynamollm profile``: measure a served model, fit profiles, show, compare and check them."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from dynamollm.commands.profile_measure import measure
 from dynamollm.errors import UserError
 from energy.profile import EnergyProfile, ProfileError
 
@@ -32,7 +33,10 @@ def _told() -> "Iterator[None]":
 
 @click.group()
 def command() -> None:
-    """Fit, show, compare and check energy-performance profiles."""
+    """Measure, fit, show, compare and check energy-performance profiles."""
+
+
+command.add_command(measure)
 
 
 @command.command()
