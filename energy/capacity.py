@@ -5,6 +5,7 @@ numbers come from the engine model under Poisson arrivals (``simulator.capacity`
 Pure values; read and written in ``energy/adapters``. Source: DynamoLLM section IV (profiles over load x TP x clock).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,35 +100,51 @@ class CapacityTable:
 
     def least_energy_point(self, request_class: ArrayLike, rate_rps: ArrayLike) -> LeastEnergy:
         """The (TP, clock) of one instance that carries this rate within the SLO at the least power."""
-        classes, rates = np.broadcast_arrays(np.asarray(request_class, np.int64), np.asarray(rate_rps, np.float64))
-        best = np.full(rates.shape, np.inf)
-        tp = np.zeros(rates.shape, np.int64)
-        clock = np.zeros(rates.shape, np.int64)
-        for each_tp in self.tps:
-            point = self.least_energy_clock(each_tp, classes, rates)
-            better = point.power_w < best
-            best = np.where(better, point.power_w, best)
-            tp = np.where(better, each_tp, tp)
-            clock = np.where(better, point.sm_clock_mhz, clock)
-        return LeastEnergy(tp, clock, best)
+        return self._least(range(len(self.tps)), request_class, rate_rps)
 
     def least_energy_clock(self, tp: int, request_class: ArrayLike, rate_rps: ArrayLike) -> LeastEnergy:
         """The clock at which an instance of this TP carries the rate within the SLO at the least power."""
-        classes, rates = np.broadcast_arrays(np.asarray(request_class, np.int64), np.asarray(rate_rps, np.float64))
-        best = np.full(rates.shape, np.inf)
-        clock = np.zeros(rates.shape, np.int64)
-        for each_clock in self.sm_clocks_mhz:
-            power_w = self.power_w(tp, each_clock, classes, rates)
-            better = power_w < best
-            best = np.where(better, power_w, best)
-            clock = np.where(better, each_clock, clock)
-        return LeastEnergy(np.where(np.isfinite(best), tp, 0), clock, best)
+        return self._least([int(self._position("TP", self.tps, tp))], request_class, rate_rps)
+
+    def _least(self, tp_positions: Iterable[int], request_class: ArrayLike, rate_rps: ArrayLike) -> LeastEnergy:
+        """Every (TP, clock) tried, class by class: what a lookup costs is one interpolation a cell."""
+        asked, asked_rps = np.broadcast_arrays(np.asarray(request_class, np.int64), np.asarray(rate_rps, np.float64))
+        classes = self._known_classes(asked).ravel()
+        order = np.argsort(classes, kind="stable")
+        rates = asked_rps.ravel()[order]
+        bounds = np.searchsorted(classes[order], np.arange(len(self.classes) + 1))
+        power_w = np.full(rates.shape, np.inf)
+        point = np.full(rates.shape, -1)
+        cells = [(t, i) for t in tp_positions for i in range(len(self.sm_clocks_mhz))]
+        for k in np.unique(classes):
+            part = slice(bounds[k], bounds[k + 1])
+            for number, (t, i) in enumerate(cells):
+                at_cell = self._power_of_cell(t, i, int(k), rates[part])
+                better = at_cell < power_w[part]
+                power_w[part] = np.where(better, at_cell, power_w[part])
+                point[part] = np.where(better, number, point[part])
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        tps = np.array([*(self.tps[t] for t, _ in cells), 0])  # -1 picks the last: none
+        clocks = np.array([*(self.sm_clocks_mhz[i] for _, i in cells), 0])
+        shape, chosen = asked.shape, point[back]
+        return LeastEnergy(tps[chosen].reshape(shape), clocks[chosen].reshape(shape), power_w[back].reshape(shape))
+
+    def _power_of_cell(self, t: int, i: int, k: int, rates: Floats) -> Floats:
+        highest = self.max_rate[t, i, k]
+        if highest == 0.0:
+            return np.where(rates == 0.0, self.power[t, i, k, 0], np.inf)
+        return np.asarray(np.interp(rates, np.asarray(self.loads) * highest, self.power[t, i, k], right=np.inf))
 
     def _cell(self, tp: ArrayLike, sm_clock_mhz: ArrayLike, request_class: ArrayLike) -> tuple[Ints, Ints, Ints]:
+        tp_at, clock_at = self._position("TP", self.tps, tp), self._position("MHz", self.sm_clocks_mhz, sm_clock_mhz)
+        return tp_at, clock_at, self._known_classes(request_class)
+
+    def _known_classes(self, request_class: ArrayLike) -> Ints:
         classes = np.asarray(request_class, dtype=np.int64)
         if classes.size and not (classes.min() >= 0 and classes.max() < len(self.classes)):
             raise ProfileRangeError(f"capacity table of {self.profile}: no class at position {request_class!r}")
-        return self._position("TP", self.tps, tp), self._position("MHz", self.sm_clocks_mhz, sm_clock_mhz), classes
+        return classes
 
     def _position(self, what: str, axis: tuple[int, ...], values: ArrayLike) -> Ints:
         wanted = np.asarray(values)

@@ -3,7 +3,7 @@
 import numba
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energy.adapters.catalogue import load_profile, profile_names
@@ -16,6 +16,7 @@ batches = st.tuples(st.integers(0, 8192), st.integers(0, 8192), st.integers(0, 2
 )
 
 
+@settings(deadline=None)
 @given(names, batches, batches, st.data())
 def test_a_step_never_gets_shorter_as_the_batch_grows(name, batch, more, data):
     profile = PROFILES[name]
@@ -26,6 +27,7 @@ def test_a_step_never_gets_shorter_as_the_batch_grows(name, batch, more, data):
     assert step_time_s(c, *grown) >= step_time_s(c, *batch)
 
 
+@settings(deadline=None)
 @given(names, batches, st.data())
 def test_a_higher_clock_is_never_slower_and_never_draws_less(name, batch, data):
     profile = PROFILES[name]
@@ -36,6 +38,7 @@ def test_a_higher_clock_is_never_slower_and_never_draws_less(name, batch, data):
     assert step_power_w(fast, *batch) >= step_power_w(slow, *batch) * (1 - 1e-12)
 
 
+@settings(deadline=None)
 @given(names, batches, st.data())
 def test_power_lies_between_idle_and_the_board_limit(name, batch, data):
     profile = PROFILES[name]

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energy.adapters.measurement_csv import read_measurements
@@ -84,6 +84,7 @@ def test_missing_columns_and_files_are_named(tmp_path):
         read_measurements(tmp_path / "nothing.csv")
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet='ab,1.-"\n ', max_size=30), max_size=5))
 def test_no_file_of_any_kind_escapes_as_another_error(tmp_path_factory, lines):
     path = write(tmp_path_factory.mktemp("any"), HEADER, *lines)
