@@ -194,18 +194,9 @@ def _rust_router(name: str, verb: Sequence[str], port: int, engine_ports: Sequen
     if program is None:
         return None
     urls = [f"http://127.0.0.1:{engine}" for engine in engine_ports]
-    return [
-        program,
-        *verb,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--policy",
-        "round_robin",
-        "--worker-urls",
-        *urls,
-    ]
+    own = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warn"]
+    own += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(port + 1000)]
+    return [program, *verb, *own, "--policy", "round_robin", "--worker-urls", *urls]
 
 
 def _litellm(folder: Path, port: int, engine_ports: Sequence[int]) -> list[str] | None:
