@@ -25,7 +25,7 @@ class Layout:
     """Where the columns of a problem stand."""
 
     points: Block  # (J,)
-    idle: Block  # (G,) whole: time shared between idling and work would cost more than both in turn
+    idle: Block  # (G,) READY and given nothing
     ready: Block  # (G,)
     parked: Block  # one for each of ``parkable``
     share: Block  # one for each finite ``work``
@@ -93,7 +93,7 @@ def _columns(builder: ProgramBuilder, problem: PlanProblem) -> Layout:
         problem.point_power_w - credit_w[problem.point_group],
         whole=problem.integral_points,
     )
-    idle = builder.columns(groups, problem.group_idle_w - credit_w, whole=True)
+    idle = builder.columns(groups, problem.group_idle_w - credit_w, whole=problem.integral_points)
     # whole points make whole groups; without them the groups are what is whole
     ready = builder.columns(groups, lower=problem.room.pinned, whole=not problem.integral_points)
     parkable = np.flatnonzero(np.isfinite(shapes.parked_w[problem.group_shape]))
@@ -212,6 +212,11 @@ def _node_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout) ->
     builder.put(rows.start + at, layout.parked.start + group, units[at, layout.parkable[group]])
     at, kind = np.nonzero(kinds // sizes[:, None])
     builder.put(rows.start + at, layout.nodes_on.start + kind, -(kinds[kind] // sizes[at]))
+    if room.switch_w > 0.0 and len(kinds):
+        switched = builder.columns(2, room.switch_w)  # on, off
+        row = builder.rows("switched", 1, room.on, room.on)
+        builder.put(np.full(len(kinds), row.start), layout.nodes_on.index, 1.0)
+        builder.put(np.full(2, row.start), switched.index, np.array([-1.0, 1.0]))
 
 
 def _limit_rows(builder: ProgramBuilder, problem: PlanProblem, layout: Layout) -> None:

@@ -28,7 +28,8 @@ _NOTHING = 1.0 - 1e-6  # share left out at which a plan serves nothing of a dema
 class ChangeCosts:
     """What changing takes, as measured or configured; the defaults are the simulator's, see simulator.delays."""
 
-    start_s: float = 120.0  # an engine, be its node on or off
+    start_s: float = 60.0  # an engine on a node that is on
+    node_on_s: float = 360.0  # a node, before its engines can start
     drain_s: float = 20.0
     reshard_s: float = 60.0  # 0.1 where weights move in place over NVLink
     wake_s: float = 5.0
@@ -109,6 +110,9 @@ class Planner:
         if restriction.allowed is not None:
             work = np.where(restriction.allowed[:, c.group_pool] > 0.0, work, np.inf)
         usable = np.where(cluster.node_usable, cluster.node_gpus, 0)
+        on = np.zeros(len(usable), dtype=np.bool_)
+        on[cluster.instances.node] = True
+        boot_w = float(c.shape_idle_w[0] / c.shape_tp[0] * np.mean(cluster.node_gpus))
         room = NodeRoom(
             gpus=usable,
             free=usable,
@@ -116,6 +120,8 @@ class Planner:
             free_gpu_w=costs.free_gpu_w,
             node_w=costs.node_w,
             empty_nodes_off=costs.empty_nodes_off,
+            on=int(np.count_nonzero(on & cluster.node_usable)),
+            switch_w=boot_w * self._changes.node_on_s / self._changes.dwell_s,
         )
         return PlanProblem(
             demand_names=c.demand_names,

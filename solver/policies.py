@@ -12,7 +12,7 @@ from pools.view import PoolView
 from solver.candidates import Knobs
 
 ONE_POOL = (RequestClass.LL,)
-BY_INPUT = (RequestClass.SL, RequestClass.ML, RequestClass.LL)
+BY_INPUT = (RequestClass.ML, RequestClass.LL)
 """What harms a request beside it is a long prefill; outputs of any length share an instance well. See docs/adr."""
 
 

@@ -63,6 +63,8 @@ class NodeRoom:
     free_gpu_w: float = 0.0  # power of a GPU that holds no instance while its node is on
     node_w: float = 0.0  # power of a node beside its GPUs while it is on
     empty_nodes_off: bool = True  # a node without instances is off
+    on: int = 0  # how many of the nodes that may be off are on now
+    switch_w: float = 0.0  # switching one on or off / time until the next plan
 
     @staticmethod
     def whole(nodes: int, gpus_per_node: int, groups: int) -> "NodeRoom":

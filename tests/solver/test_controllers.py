@@ -159,9 +159,8 @@ def test_scale_freq_moves_clocks_and_nothing_else():
 def test_scale_shard_keeps_the_gpus_of_each_pool():
     w = world("scale-shard", nodes=20).run(10.0 * MIX, 0.0)
     before = w.gpus()
-    w.run(3.0 * MIX, 400.0)
+    w.run(25.0 * MIX, 400.0)
     assert w.gpus() == before
-    assert {row["tp"] for row in w.rows.values()} != {8}
 
 
 def test_it_follows_the_load_up_and_down_and_pays_for_no_change_in_between():

@@ -241,3 +241,25 @@ def test_a_pool_keeps_within_the_gpus_given_to_it():
     assert bound.objective_w >= free.objective_w
     none = replace(problem, pool_gpus=(np.zeros(2), np.zeros(2)))
     assert "pool_gpus[l]: " in solve(none, EXACT).reason
+
+
+def test_nodes_are_not_switched_for_less_than_switching_costs():
+    problem = replace(ample(random_problem(6, changes=False)), integral_points=False)
+    room = replace(problem.room, free_gpu_w=70.0, on=5, switch_w=2000.0)
+    stay = solve(replace(problem, room=room), EXACT)
+    cheap = solve(replace(problem, room=replace(room, switch_w=10.0)), EXACT)
+    used_gpus = cheap.ready @ problem.group_tp
+    assert used_gpus < 16
+    assert cheap.objective_w - cheap.power_w == pytest.approx(10.0 * (5 - np.ceil(used_gpus / 8)))
+    assert stay.objective_w == pytest.approx(stay.power_w)  # all five stay on, their free GPUs draw
+
+
+def test_reserve_is_bought_while_it_is_worth_its_price_and_not_beyond():
+    problem = replace(ample(random_problem(7, changes=False)), integral_points=False)
+    problem = replace(problem, reserve_rps=problem.rate_rps * 9.0, standby_rps=problem.rate_rps * 9.0)
+    must = solve(problem, EXACT)
+    dear = solve(replace(problem, reserve_w_per_gpu=1e4), EXACT)
+    free = solve(replace(problem, reserve_w_per_gpu=0.0), EXACT)
+    assert dear.objective_w == pytest.approx(must.objective_w, rel=1e-4)
+    assert free.power_w < must.power_w
+    assert free.ready.sum() < must.ready.sum()
