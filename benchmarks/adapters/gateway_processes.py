@@ -186,17 +186,17 @@ def _vllm_router(folder: Path, port: int, engine_ports: Sequence[int]) -> list[s
 
 
 def _sglang_router(folder: Path, port: int, engine_ports: Sequence[int]) -> list[str] | None:
-    return _rust_router("sglang-router", ("launch",), port, engine_ports)
+    own = ("launch", "--log-level", "warn", "--prometheus-port", str(port + 1000))  # its default is vllm-router's, too
+    return _rust_router("sglang-router", own, port, engine_ports)
 
 
-def _rust_router(name: str, verb: Sequence[str], port: int, engine_ports: Sequence[int]) -> list[str] | None:
+def _rust_router(name: str, own: Sequence[str], port: int, engine_ports: Sequence[int]) -> list[str] | None:
     program = _program(name)
     if program is None:
         return None
     urls = [f"http://127.0.0.1:{engine}" for engine in engine_ports]
-    own = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warn"]
-    own += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(port + 1000)]
-    return [program, *verb, *own, "--policy", "round_robin", "--worker-urls", *urls]
+    shared = ["--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin", "--worker-urls", *urls]
+    return [program, *own, *shared]
 
 
 def _litellm(folder: Path, port: int, engine_ports: Sequence[int]) -> list[str] | None:
