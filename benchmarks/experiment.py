@@ -15,11 +15,12 @@ from typing import Any
 import click
 
 from benchmarks.calibration import Calibration, calibrate
+from benchmarks.experiment_capacity import experiment_capacity
 from benchmarks.results_page import write_page
 from benchmarks.simulation_plots import plot_runs
 from benchmarks.simulation_report import read_json, run_path, store_run, write_json
-from energy.adapters.capacity_file import load_capacity
 from energy.adapters.catalogue import load_profile
+from simulator.batching import EngineLimits
 from simulator.experiment import Scenario, bound, prepare
 from simulator.grid import GRIDS
 from simulator.results import RunResult
@@ -44,6 +45,8 @@ ALL = (
 )
 MAIN = ("single-pool", "packing", "dynamollm-paper", "dynamollm")
 SEED = 1
+# Chunks of 1,024 prompt tokens for every policy: at vLLM's larger defaults a chunk alone breaks the TBT SLO of others
+ENGINE = EngineLimits(kv_blocks=0, max_num_batched_tokens=1024)
 GRID = "CISO"
 GPU_USD_PER_HOUR = 2.25
 
@@ -95,13 +98,7 @@ def main(experiments: str, profiles: str, policies: str | None, again: bool) -> 
 def run_experiment(experiment: Experiment, profile: str, policies: tuple[str, ...] | None, again: bool) -> None:
     """All policies of one experiment on one profile."""
     folder = RESULTS / experiment.name
-    scenario = Scenario(
-        load_profile(profile),
-        load_capacity(profile),
-        experiment.nodes,
-        periods=experiment.periods,
-        sample_s=experiment.sample_s,
-    )
+    scenario = _scenario(experiment, profile)
     calibration = _calibration(experiment.calibrated_on, scenario, again)
     workload = open_workload(experiment.trace, SEED, calibration.rate_scale)
     settings: dict[str, Any] = {
@@ -110,6 +107,8 @@ def run_experiment(experiment: Experiment, profile: str, policies: tuple[str, ..
         "calibration": asdict(calibration),
         "grid": GRID,
         "gpu_usd_per_hour": GPU_USD_PER_HOUR,
+        "engine": ENGINE._asdict(),
+        "router": scenario.weights._asdict(),
         "periods": asdict(experiment.periods) if experiment.periods else "each policy's own",
         "delays": asdict(scenario.delays),
         "assumptions": list(workload.assumptions),
@@ -131,6 +130,14 @@ def run_experiment(experiment: Experiment, profile: str, policies: tuple[str, ..
         write_json(bound_path, {"policy": "clairvoyant", "energy_j": bound(scenario, workload)})
     if len(runs) > 1:
         plot_runs(runs, folder)
+
+
+def _scenario(experiment: Experiment, profile_name: str) -> Scenario:
+    profile = load_profile(profile_name)
+    capacity = experiment_capacity(profile, ENGINE, RESULTS / "capacity", click.echo)
+    return Scenario(
+        profile, capacity, experiment.nodes, limits=ENGINE, periods=experiment.periods, sample_s=experiment.sample_s
+    )
 
 
 def _calibration(trace: str, scenario: Scenario, again: bool) -> Calibration:

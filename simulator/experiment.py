@@ -53,8 +53,7 @@ class Scenario:
     delays: Delays = field(default_factory=Delays)
     slos: ClassSlos = field(default_factory=ClassSlos)
     prediction: LengthPrediction = field(default_factory=LengthPrediction)
-    limits: EngineLimits = field(default_factory=lambda: EngineLimits(0, max_num_batched_tokens=1024))
-    """Prompt chunks of 1,024 tokens: at vLLM's larger defaults a chunk alone breaks the TBT SLO of those decoding."""
+    limits: EngineLimits = field(default_factory=lambda: EngineLimits(0))  # those that ``capacity`` was built for
     weights: Weights = field(default_factory=lambda: Weights(spread=0.5, margin=0.9))
     parking: bool = False  # whether engines can sleep
     periods: Periods | None = None  # of all policies' ticks; None: each its own
