@@ -130,6 +130,14 @@ class EnergySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """Where what was learned and booked is kept over a restart."""
+
+    kind: Literal["memory", "file"] = "memory"  # memory: nowhere
+    folder: str = "~/.local/state/dynamollm"  # file: one JSON document a part
+
+
+@dataclass(frozen=True, slots=True)
 class ObjectiveSettings:
     """A priority class clients may name; below 0 it may be shed under pressure."""
 
@@ -171,6 +179,7 @@ class Settings:
     driver: DriverSettings = field(default_factory=DriverSettings)
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     energy: EnergySettings = field(default_factory=EnergySettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
     objectives: tuple[ObjectiveSettings, ...] = ()
     auth: AuthSettings = field(default_factory=AuthSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)

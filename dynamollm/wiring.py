@@ -9,6 +9,7 @@ from dynamollm.accounts import AccountedRouter, GatewayAccounts
 from dynamollm.adapters.clock import monotonic_s, unix_offset_s
 from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.adapters.engine_probe import HttpEngineProbe
+from dynamollm.adapters.file_store import FileStore
 from dynamollm.control_loop import AsyncController, ControlLoop, StaticController
 from dynamollm.deployment import Deployment, node_names
 from dynamollm.errors import UserError
@@ -16,8 +17,9 @@ from dynamollm.learning import GatewayLengths, GatewayTokens
 from dynamollm.metering import HeldGpus, Metering
 from dynamollm.observation import Observer
 from dynamollm.operations import Operations
+from dynamollm.persistence import MemoryStore, Persistence, Store
 from dynamollm.runner import Runner
-from dynamollm.settings import EnergySettings, LimitSettings, Settings
+from dynamollm.settings import EnergySettings, LimitSettings, Settings, StoreSettings
 from dynamollm.vllm_wiring import build_emulated_device_driver, build_vllm_driver
 from energy.accounting import GPU_HOUR_USD, Prices
 from energy.accounting_ledger import EnergyLedger
@@ -65,6 +67,7 @@ class Application:
     router: Router
     ledger: EnergyLedger
     metering: Metering | None  # None: nobody tells what the GPUs draw
+    persistence: Persistence
     clock: Callable[[], float]
 
 
@@ -83,7 +86,11 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
     observer = Observer(deployment, router, clock(), metering.power_w if metering else dict)
     controller = build_controller(settings)
     estimator = TokenEstimator(settings.slo.cuts)
-    lengths = GatewayLengths(RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts)))
+    predictor = RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts))
+    lengths = GatewayLengths(predictor)
+    persistence = Persistence(
+        build_store(settings.store), {"tokens": estimator, "lengths": predictor, "ledger": ledger}
+    )
     metrics = GatewayMetrics()
     metrics.registry.register(LedgerMetrics(ledger))
     return Application(
@@ -109,8 +116,14 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
         router=router,
         ledger=ledger,
         metering=metering,
+        persistence=persistence,
         clock=clock,
     )
+
+
+def build_store(store: StoreSettings) -> Store:
+    """Where things are kept."""
+    return FileStore(Path(store.folder).expanduser()) if store.kind == "file" else MemoryStore()
 
 
 def build_ledger(energy: EnergySettings) -> EnergyLedger:
