@@ -65,10 +65,10 @@ class PromptText:
     def __init__(self, words: tuple[str, ...] = VOCABULARY, seed: int = 0) -> None:
         picked = np.random.default_rng(seed).integers(len(words), size=TEXT_WORDS)
         spelled = [f" {word}".encode() for word in words]
-        self._text = b"".join([spelled[index] for index in picked])
+        self._text = 2 * b"".join([spelled[index] for index in picked])  # a whole text from any start
 
     def stretch(self, number: int, words: int) -> bytes:
         """``words`` words for request ``number``, a space before each: ASCII without anything to escape."""
-        text = self._text * (2 + words // TEXT_WORDS)
+        text = self._text if words <= TEXT_WORDS else self._text * (1 + words // TEXT_WORDS)
         start = (number * _STRIDE) % TEXT_WORDS * WORD_BYTES
         return text[start : start + words * WORD_BYTES]
