@@ -19,8 +19,8 @@ from simulator.vllm_device.adapters.gpus import BoardNode
 SOURCES = Path(__file__).resolve().parent.parent
 HOLDER = "dynamollm-gateway"
 WORKER = "simulator.vllm_device.adapters.vllm_worker.EmulatedDeviceWorker"
-# one thread, for a small model: more only wait for each other; and the executor that does not spin
-_ON_CPU = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+# one thread, for a small model: more only wait for each other; and no executor of its own process, which spins
+_ON_CPU = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 _CPU_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni")
 
 

@@ -56,7 +56,12 @@ def configuration(environment: Path, folder: Path) -> dict[str, object]:
                 "arguments": [*ON_CPU, "--kv-cache-memory-bytes", "67108864", *LIMITS, *TOOLS],
                 # on CPU an engine sleeps, but is refused the flag that would free its memory
                 "can_park": False,
-                "environment": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_SERVER_DEV_MODE": "1"},
+                "environment": {
+                    "OMP_NUM_THREADS": "1",
+                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                    "HF_HUB_OFFLINE": "1",
+                    "VLLM_SERVER_DEV_MODE": "1",
+                },
                 "log_dir": str(folder / "log"),
             },
         },
