@@ -9,6 +9,7 @@ from simulator.engine import Engine, EngineLimits, RequestTooLongError
 
 COEFFICIENTS = StepCoefficients(
     overhead_s=0.002,
+    host_s_per_seq=0.0,
     compute_s_per_token=2e-5,
     attention_s_per_token2=1e-9,
     weights_s=0.012,
