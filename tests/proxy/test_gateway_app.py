@@ -217,6 +217,29 @@ def test_another_server_is_told_apart():
     play(scenario)
 
 
+def test_what_would_wait_while_draining_is_told_so():
+    """An instance fails a request while the gateway drains, and the router would queue it."""
+    gate = asyncio.Event()
+
+    async def fails(peer, seen):
+        await gate.wait()
+        peer.reset()
+
+    async def scenario():
+        async with Engine(fails) as engine, running(engine, engine) as gateway:
+            waiting = asyncio.create_task(gateway.post(CHAT))
+            await until(lambda: engine.seen)
+            gateway.gateway.drain()
+            gateway.gateway.drain()
+            gateway.router.capacity = 0
+            gate.set()
+            got = await waiting
+            assert got.headers["x-llm-d-request-dropped-reason"] == "rejected-shutting-down"
+            assert gateway.router.ends() == ["failed", "cancelled"]
+
+    play(scenario)
+
+
 # Shutdown, with uvicorn's own server
 
 

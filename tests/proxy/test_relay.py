@@ -241,6 +241,17 @@ def test_http_1_0_errors_in_the_stream_come_bare():
     assert not client.keep_alive
 
 
+def test_what_is_held_at_a_good_end_is_passed_on_in_both_framings():
+    for chunked in (True, False):
+        relay, client, _, _, _ = relay_of({**CHAT, "stream": True}, chunked=chunked)
+        relay.start(0.0)
+        relay.head(STREAM_HEAD)
+        relay.body(TOKENS[0] + b"data: [DONE]", 1.0)
+        relay.end(2.0)
+        body = parse(client.written).body if chunked else client.written.partition(b"\r\n\r\n")[2]
+        assert body == TOKENS[0] + b"data: [DONE]"
+
+
 # Every order of events
 
 PIECES = (*TOKENS, DONE, TOKENS[0][:7], b"\n\n", WHOLE, b'data: {"error":{"message":"m","code":503}}\n\n', b": hm\n\n")

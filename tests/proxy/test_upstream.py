@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 from gateway_fakes import STREAM_HEAD, TOKENS, WHOLE, Clock, answer, chunk, play
 
 from proxy.relay import Failure
@@ -196,3 +197,17 @@ def test_the_limit_is_of_each_instance():
     pool.close()
     assert pool.open_connections == 1  # the busy one
     elsewhere.abort()
+
+
+@inside_loop
+def test_a_fault_of_the_relay_breaks_its_own_request_only():
+    _, connection, listener, transport = connected()
+
+    def faulty(head):
+        raise RuntimeError("a bug")
+
+    listener.head = faulty
+    with pytest.raises(RuntimeError, match="a bug"):
+        connection.data_received(answer(200, WHOLE))
+    assert listener.heard == [("broken", Failure.BROKEN)]
+    assert transport.closing
