@@ -16,6 +16,8 @@ from pathlib import Path
 from pools.drivers.vllm_launch import CONTROLLER, MARK
 
 PROC = Path("/proc")
+POLL_PERIOD_S = 0.02
+GROUP_ENDS_WITHIN_S = 10.0  # a killed process that holds a GPU takes a while
 LOG_TAIL_BYTES = 64_000
 LOG_TOLD_CHARACTERS = 300
 
@@ -40,7 +42,11 @@ class EngineProcess:
     async def wait(self) -> str:
         """Wait until it has ended and nothing of it is left; says how it ended, as people read it."""
         status = await self._process.wait()
-        _signal_group(self.pid, signal.SIGKILL)  # an engine whose server is gone serves nobody, and holds a GPU
+        self.kill()  # an engine whose server is gone serves nobody, and holds a GPU
+        for _ in range(int(GROUP_ENDS_WITHIN_S / POLL_PERIOD_S)):
+            if not _group_lives(self.pid):
+                break
+            await asyncio.sleep(POLL_PERIOD_S)
         how = f"exited with status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
         told = last_error(self.log_path)
         return f"{how}{f': {told}' if told else ''}; log: {self.log_path}"
@@ -111,12 +117,23 @@ def _alive(controller: str) -> bool:
 
 def _started_ticks(pid: int) -> str:
     """When a process was started, in clock ticks since boot; empty if it is not there or only waits to be reaped."""
+    fields = _stat(pid)
+    return fields[19] if fields and fields[0] != "Z" else ""
+
+
+def _group_lives(group: int) -> bool:
+    """Whether any process of a group is more than a zombie; not every machine's first process reaps orphans."""
+    every = (_stat(int(entry.name)) for entry in PROC.iterdir() if entry.name.isdigit())
+    return any(fields[2] == str(group) and fields[0] != "Z" for fields in every if fields)
+
+
+def _stat(pid: int) -> list[str]:
+    """What the kernel tells of a process, from its state on; nothing if it is not there."""
     try:
         stat = (PROC / str(pid) / "stat").read_text()
     except OSError:
-        return ""
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
-    return "" if fields[0] == "Z" else fields[19]
+        return []
+    return stat.rpartition(")")[2].split()  # the name before it may hold anything
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

@@ -1,6 +1,5 @@
 """The emulated devices' GPUs behind the Gpu port: what drivers lock, agents read and NVML would be on a real board."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -104,10 +103,9 @@ class BoardNode:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process is there and is more than a zombie."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
         return False
-    except PermissionError:
-        return True
-    return True
+    return stat.rpartition(")")[2].split()[0] != "Z"
