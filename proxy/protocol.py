@@ -50,7 +50,6 @@ class Exchange:
         "_protocol",
         "arrived",
         "body",
-        "body_bytes",
         "chunked",
         "disconnected",
         "head",
@@ -67,7 +66,6 @@ class Exchange:
         self.path = path
         self.head = head
         self.body: list[bytes] = []
-        self.body_bytes = 0
         self.arrived = False  # the whole body is here
         self.chunked = not http_1_0
         self.keep_alive = not http_1_0 and protocol.parser.should_keep_alive()
@@ -102,6 +100,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._complete: Exchange | None = None
         self._refusal: ApiError | None = None
         self._head_bytes = 0
+        self._body_bytes = 0
         self._known_headers: list[tuple[bytes, bytes]] = []  # of the last request
         self._known_head = self.gateway.read_head(())
         self._reading = Reading.HEAD_OR_END
@@ -181,16 +180,16 @@ class GatewayProtocol(HttpToolsProtocol):
         """One header; trailers are dropped."""
         if self._reading is not Reading.HEAD:
             return
-        if len(name) == 14 and name.lower() == b"content-length":
+        if len(name) != 14 or name.lower() != b"content-length":
+            self.headers.append((name, value))
+        else:
             self._length_bytes = int(value)  # the parser has seen that it is a number
             self._length_header = (b"content-length", value)
-        else:
-            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head is there: relay the request, hand it over, or refuse it."""
         self._reading = Reading.BODY
-        self._head_bytes = 0
+        self._head_bytes = self._body_bytes = 0
         if self.headers != self._known_headers:
             self._known_headers = self.headers
             self._known_head = self.gateway.read_head(self.headers)
@@ -212,17 +211,15 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Some of a body."""
-        exchange = self.cycle
         if self._refusal is not None:
             return
-        if not isinstance(exchange, Exchange):
-            super().on_body(body)
-            return
-        exchange.body_bytes += len(body)
-        if exchange.body_bytes > self.gateway.services.settings.limits.body_bytes:
+        self._body_bytes += len(body)
+        if self._body_bytes > self.gateway.services.settings.limits.body_bytes:
             self._refusal = errors.body_too_large(self.gateway.services.settings.limits.body_bytes)
-            return
-        exchange.body.append(body)
+        elif isinstance(self.cycle, Exchange):
+            self.cycle.body.append(body)
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A request is whole."""
