@@ -65,7 +65,7 @@ class Experiment:
 
 
 # A week of 5 s ticks is 121,000 calls of the controller; every 20 s, and a joint plan every 5 min, keeps it to minutes
-WEEK = Periods(instance_s=20.0, pool_s=300.0, cluster_s=1800.0, joint_s=300.0)
+COARSE = Periods(instance_s=20.0, pool_s=300.0, cluster_s=1800.0, joint_s=300.0)
 
 EXPERIMENTS = {
     each.name: each
@@ -74,9 +74,9 @@ EXPERIMENTS = {
         Experiment("poisson-low", "poisson-low", 12, "poisson-high", MAIN, 10.0),
         Experiment("poisson-medium", "poisson-medium", 12, "poisson-high", MAIN, 10.0),
         Experiment("poisson-high", "poisson-high", 12, "poisson-high", MAIN, 10.0),
-        Experiment("code-day", "azure-2024-code-day", 12, "azure-2024-code-day", MAIN, 120.0),
-        Experiment("code-week", "azure-2024-code-week", 40, "azure-2024-code-week", MAIN, 600.0, WEEK),
-        Experiment("conv-week", "servegen-week", 40, "servegen-week", MAIN, 600.0, WEEK),
+        Experiment("code-day", "azure-2024-code-day", 12, "azure-2024-code-day", MAIN, 120.0, COARSE),
+        Experiment("code-week", "azure-2024-code-week", 40, "azure-2024-code-week", MAIN, 600.0, COARSE),
+        Experiment("conv-week", "servegen-week", 40, "servegen-week", MAIN, 600.0, COARSE),
     )
 }
 

@@ -41,7 +41,7 @@ class ClockSettings:
     late_memory_s: float = 60.0  # time constant of the share of late requests
     late_share: float = 0.006  # of a pool's requests, above which its capacity is taken to be lower
     spare_share: float = 0.003  # below which it is taken to be higher
-    learn_up: float = 0.002  # of the capacity factor, each tick: latency has a cliff, and capacity takes minutes to come
+    learn_up: float = 0.002  # of the capacity factor, each tick: latency has a cliff, capacity comes in minutes
     learn_down: float = 0.04  # for each time that the share is beyond ``late_share``, at most twice
     factor_limits: tuple[float, float] = (0.7, 1.3)
 
