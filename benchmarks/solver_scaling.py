@@ -107,7 +107,7 @@ def time_case(case: Case, table: CapacityTable, solves: int, seed: int = 0) -> T
     rng = np.random.default_rng(seed)
     wall_s, cpu_s, gaps, optimal = [], [], [], 0
     problem: PlanProblem | None = None
-    counts = np.zeros(len(choices.shape_tp))
+    counts: FloatArray = np.zeros(len(choices.shape_tp))
     for _ in range(solves):
         rate = _demand(rng, case, table, choices)
         problem = _problem(planner, choices, case, rate, counts)
@@ -118,7 +118,7 @@ def time_case(case: Case, table: CapacityTable, solves: int, seed: int = 0) -> T
         optimal += solution.status is SolveStatus.OPTIMAL
         if solution.found:
             gaps.append(solution.gap)
-            counts = np.bincount(choices.group_shape, solution.ready, len(counts))
+            counts = np.bincount(choices.group_shape, solution.ready, len(counts)).astype(np.float64)
     assert problem is not None
     integers, columns, rows = _size(problem)
     return Timing(

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 
 from solver.control import FloatArray
+from solver.decomposition import parts_of, solve_in_parts
 from solver.formulation import Formulation, formulate
 from solver.infeasible import explain
 from solver.problem import PlanProblem, PlanSolution, Shapes, SolveStatus
@@ -29,7 +30,13 @@ def solve(problem: PlanProblem, limits: SolveLimits | None = None) -> PlanSoluti
     """The least-energy plan within the gap. Never raises for what the problem says: the status is a value."""
     limits = limits or SolveLimits()
     formulation = formulate(problem)
-    result = run(formulation.program, limits)
+    program = formulation.program
+    parts = parts_of(program)
+    result = None
+    if parts.count > 1:
+        result = solve_in_parts(program, parts, limits.gap, limits.branch_nodes)
+    if result is None or result.status != 0:
+        result = _better(result, run(program, limits))
     if result.x is not None:
         return read(problem, formulation, result)
     if result.status == _INFEASIBLE:
@@ -76,6 +83,15 @@ def evaluate(
     if result.x is None:
         return PlanSolution(SolveStatus.INFEASIBLE, reason="the plan breaks a row of the problem")
     return replace(read(problem, formulation, result), status=SolveStatus.FEASIBLE, bound_w=float("nan"))
+
+
+def _better(parts: OptimizeResult | None, joint: OptimizeResult) -> OptimizeResult:
+    """The cheaper of two solutions of one program, with the higher of both bounds."""
+    if parts is None or joint.x is None or joint.status == 0:
+        return joint if joint.x is not None or parts is None else parts
+    best = parts if parts.fun < joint.fun else joint
+    best.mip_dual_bound = max(parts.mip_dual_bound, joint.mip_dual_bound)
+    return best
 
 
 def run(program: LinearProgram, limits: SolveLimits) -> OptimizeResult:
