@@ -16,7 +16,7 @@ from dynamollm.adapters.admin_client import fetch
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def command(url: str, api_key: str | None, last: int, as_json: bool) -> None:
     """Show what was decided: why, predicted against observed, gap and solve time, and what became of it."""
-    told = fetch(url, "decisions", api_key, last=last)
+    told = json.loads(fetch(url, "decisions", api_key, last=last))
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return

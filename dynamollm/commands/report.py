@@ -7,16 +7,15 @@ from dataclasses import asdict, fields
 from datetime import UTC, datetime
 
 import click
-import httpx
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from dynamollm.adapters.admin_client import fetch
 from dynamollm.errors import UserError
 from energy.accounting import EnergyWindow
 from energy.accounting_report import BY, By, EnergyReport, ReportLine, notes_of, report_of
 
-PATH = "/admin/energy"
 UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -45,7 +44,7 @@ class Duration(click.ParamType[float]):
 @click.option("--format", "form", type=click.Choice(("table", "csv", "json")), default="table", show_default=True)
 def command(since_s: float, by: By, url: str, api_key: str | None, form: str) -> None:
     """Show what requests took: energy by phase, CO2 and money, with idle time and transitions beside them."""
-    report = report_of(fetch(url, since_s, api_key), by)
+    report = report_of(window_of(url, since_s, api_key), by)
     if form == "json":
         click.echo(json.dumps(document(report), indent=2))
     elif form == "csv":
@@ -57,22 +56,12 @@ def command(since_s: float, by: By, url: str, api_key: str | None, form: str) ->
             console.print(note, style="dim", highlight=False)
 
 
-def fetch(url: str, since_s: float, api_key: str | None) -> EnergyWindow:
+def window_of(url: str, since_s: float, api_key: str | None) -> EnergyWindow:
     """Ask a gateway for its books. Raises ``UserError``."""
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    address = url.rstrip("/").removesuffix("/v1") + PATH
     try:
-        answer = httpx.get(address, params={"since_s": since_s}, headers=headers, timeout=30.0, trust_env=False)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise UserError(f"--url {url}: {error or type(error).__name__}; is a gateway running there?") from None
-    if answer.status_code in (401, 403):
-        raise UserError(f"--url {url}: the gateway wants an API key it knows: give --api-key or set OPENAI_API_KEY")
-    if not answer.is_success:
-        raise UserError(f"--url {url}: {PATH} answers with status {answer.status_code}; is it a dynamollm gateway?")
-    try:
-        return msgspec.json.decode(answer.content, type=EnergyWindow)
+        return msgspec.json.decode(fetch(url, "energy", api_key, since_s=since_s), type=EnergyWindow)
     except msgspec.MsgspecError as error:
-        raise UserError(f"--url {url}: {PATH} is not understood: {error}; is it of this version?") from None
+        raise UserError(f"--url {url}: /admin/energy is not understood: {error}; is it of this version?") from None
 
 
 def document(report: EnergyReport) -> dict[str, object]:

@@ -16,7 +16,7 @@ from dynamollm.adapters.admin_client import fetch
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(url: str, api_key: str | None, as_json: bool) -> None:
     """Show pools, instances, TP, clocks, load, SLO slack and power of a running gateway."""
-    status = fetch(url, "status", api_key)
+    status = json.loads(fetch(url, "status", api_key))
     if as_json:
         click.echo(json.dumps(status, indent=2))
         return

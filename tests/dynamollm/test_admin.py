@@ -143,7 +143,7 @@ def test_the_commands_print_what_a_gateway_answers(client, monkeypatch, command)
     ("answer", "told"),
     [
         (httpx.Response(401), "wants an API key"),
-        (httpx.Response(404), "is it dynamollm's"),
+        (httpx.Response(404), "is it a dynamollm gateway"),
         (httpx.ConnectError("refused"), "is a gateway running there"),
     ],
 )
