@@ -17,7 +17,6 @@ from pools.classes import REQUEST_CLASSES, Slo
 from pools.request import Request
 from pools.tokens import Messages, TokenCount
 from proxy import errors
-from proxy.errors import ApiError
 from proxy.fields import READERS, RequestFields, prompt_of, rewritten, stream_options_with_usage
 from proxy.heads import ClientHead, Headers
 from proxy.services import GatewayServices
@@ -99,21 +98,21 @@ class Admission:
 
     def authorize(self, authorization: bytes | None) -> None:
         """Raises ``ApiError`` 401 where keys are configured and this is none of them."""
+        if not self._known(authorization):
+            raise errors.unauthorized()
+
+    def _known(self, authorization: bytes | None) -> bool:
         if not self._keys:
-            return
+            return True
         scheme, _, key = (authorization or b"").partition(b" ")
         known = [hmac.compare_digest(key.strip(), one) for one in self._keys]  # all of them: no early exit to time
-        if scheme.lower() != b"bearer" or not any(known):
-            raise errors.unauthorized()
+        return scheme.lower() == b"bearer" and any(known)
 
     def read_head(self, headers: Headers) -> ClientHead:
         """The headers of a relayed request, read, and whether its key is one of ours."""
         head = ClientHead(headers, self._settings.slo_bounds_s)
         authorization = head.terms.authorization
-        try:
-            self.authorize(authorization)
-        except ApiError as error:
-            head.unauthorized = error
+        head.authorized = self._known(authorization)
         if self._engine_key:
             head.passed_lines += self._engine_key
         elif authorization is not None and not self._keys:
@@ -133,8 +132,8 @@ class Admission:
 
         ``input_tokens`` is given where it was ``Undecided`` before.
         """
-        if head.unauthorized is not None:
-            raise head.unauthorized
+        if not head.authorized:
+            raise errors.unauthorized()
         terms = head.terms
         for control in terms.invalid:
             self._services.metrics.invalid.add((control,))

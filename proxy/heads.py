@@ -22,7 +22,7 @@ _EVENT_STREAM = b"text/event-stream"
 class ClientHead:
     """The headers of a relayed request, read. Names in any case."""
 
-    __slots__ = ("expects_continue", "hosts", "passed_lines", "size_bytes", "terms", "unauthorized")
+    __slots__ = ("authorized", "expects_continue", "hosts", "passed_lines", "size_bytes", "terms")
 
     def __init__(self, headers: Headers, slo_bounds_s: tuple[float, float]) -> None:
         lowered = [(name.lower(), value) for name, value in headers]
@@ -34,7 +34,7 @@ class ClientHead:
             [b"%b: %b\r\n" % header for header in lowered if header[0] not in NOT_PASSED and header[0] not in named]
         )
         self.terms: Terms = read_terms(lowered, slo_bounds_s)
-        self.unauthorized: ApiError | None = None
+        self.authorized = True
 
     def refusal(self, target: bytes, http_1_0: bool, limit_bytes: int) -> ApiError | None:
         """Why a request with this head and target is refused; None where it is not."""

@@ -117,8 +117,10 @@ class GatewayProtocol(HttpToolsProtocol):
             active.message_event.set()
         if isinstance(active, Exchange) and active.relay is not None:
             active.relay.client_gone(self.gateway.services.clock())
+            active.relay = None
         self.pipeline.clear()
         super().connection_lost(exc)
+        self.cycle = None
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests: parse them, then start what is whole."""
@@ -285,6 +287,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def finished(self, exchange: Exchange) -> None:
         """An exchange is answered."""
         exchange.response_complete = True
+        exchange.relay = None  # they hold each other: let both go now, not when the collector comes
         if exchange is not self._active:
             return
         if not exchange.keep_alive:
