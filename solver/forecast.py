@@ -48,6 +48,7 @@ class ForecastSettings:
     quantile: float = 0.95  # of past errors that the reserve covers
     least_reserve: float = 0.8
     """Share of the mean to be ready for until errors are known. Most of it costs little: raised clocks meet it."""
+    guess_weight: float = 10.0  # how many observed errors that guess counts for
     burst_s: float = 60.0  # the reserve covers the random variation of the arrivals within this time
     burst_sigmas: float = 2.0
     kept_errors: int = 500
@@ -141,10 +142,15 @@ class SlotForecaster:
         return 1.0
 
     def _margin(self) -> float:
-        """Share of the mean to add so that past peaks would mostly have been covered."""
-        if len(self._excess) < 20:
-            return self._settings.least_reserve
-        return max(float(np.quantile(np.asarray(self._excess), self._settings.quantile)), 0.0)
+        """Share of the mean to add so that past peaks would mostly have been covered; a guess that facts wear off."""
+        settings = self._settings
+        seen = [*self._excess, *(p.excess for p in self._pending if p.peak_rps > 0.0)]
+        if not seen:
+            return settings.least_reserve
+        learnt = max(float(np.quantile(np.asarray(seen), settings.quantile)), 0.0)
+        return (settings.guess_weight * settings.least_reserve + len(seen) * learnt) / (
+            settings.guess_weight + len(seen)
+        )
 
 
 @dataclass(slots=True)
