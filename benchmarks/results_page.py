@@ -14,6 +14,7 @@ from benchmarks.simulation_report import read_json, write_whole
 
 NOTES = Path(__file__).resolve().parent / "results_notes.md"
 BASELINE = "single-pool"
+LEAST_ATTAINMENT = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +50,35 @@ KINDS = ("prefill", "decode", "idle", "boot", "transition", "parked", "free")
 
 def write_page(results: Path, page: Path, experiments: Sequence[str], profiles: Sequence[str]) -> None:
     """Write the page from whatever runs there are."""
-    parts = [NOTES.read_text(encoding="utf-8").rstrip()] if NOTES.exists() else ["# Results"]
+    parts = [
+        NOTES.read_text(encoding="utf-8").rstrip().replace("@@SUMMARY@@", _summary(results, experiments, profiles))
+    ]
     for experiment in experiments:
         for profile in profiles:
             runs = _runs(results / experiment, profile)
             if BASELINE in runs:
                 parts.append(_section(experiment, profile, runs))
     write_whole(page, "\n\n".join(parts) + "\n")
+
+
+def _summary(results: Path, experiments: Sequence[str], profiles: Sequence[str]) -> str:
+    """One row an experiment: change against single-pool of the better dynamollm that keeps 99 % within SLO."""
+    lines = []
+    for experiment in experiments:
+        cells = [_best(_runs(results / experiment, profile)) for profile in profiles]
+        if any(cells):
+            lines.append(f"| {CLAIMS[experiment].title} | {CLAIMS[experiment].target or '-'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _best(runs: dict[str, dict[str, Any]]) -> str:
+    base = runs.get(BASELINE)
+    good = [r for p, r in runs.items() if p.startswith("dynamollm") and r["slo_attainment"] >= LEAST_ATTAINMENT]
+    if base is None or not good:
+        return ""
+    best = min(good, key=lambda run: float(run["energy_j"]))
+    share = _share(best["slo_attainment"])
+    return f"{_change(best['energy_j'], base['energy_j'])} ({best['policy']}, {share} % in SLO)"
 
 
 def _runs(folder: Path, profile: str) -> dict[str, dict[str, Any]]:
@@ -85,7 +108,7 @@ def _section(experiment: str, profile: str, runs: dict[str, dict[str, Any]]) -> 
 def _with_one_less(settings: dict[str, Any]) -> str:
     calibration = settings["calibration"]
     share = _share(calibration["attainment_with_one_less"])
-    return f" (calibrated on `{settings['trace']}`'s load class: with one server less {share} % of the busiest stretch)"
+    return f" (at the calibrated peak, one server less keeps {share} %)"
 
 
 def _energy_table(
