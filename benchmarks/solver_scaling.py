@@ -12,6 +12,7 @@ benchmarks/results/solver_scaling.{json,png}.
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter, process_time
@@ -253,6 +254,7 @@ def as_text(timings: list[Timing], clocks_s: dict[int, float]) -> str:
             f"{t.case:36} {t.integers:5d} {1e3 * t.wall_p50_s:6.0f} ms {1e3 * t.wall_p99_s:6.0f} ms "
             f"{1e3 * t.cpu_p99_s:6.0f} ms {100 * t.gap_max:7.3f}% {t.optimal:3d}/{t.solves:<3d}  {target}"
         )
+    lines.append(f"on {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end")
     lines += [f"clocks of {n} instances: {1e6 * seconds:.0f} us a tick" for n, seconds in clocks_s.items()]
     return "\n".join(lines)
 
@@ -276,6 +278,7 @@ def main(profile: str, solves: int, only: str, as_json: bool, store: bool) -> No
     document: dict[str, Any] = {
         "profile": profile,
         "gap": SolveLimits().gap,
+        "machine": {"cores": os.cpu_count(), "load_average_1_min": os.getloadavg()[0]},
         "solves": [asdict(t) for t in timings],
         "clock_choice_s": clocks_s,
     }

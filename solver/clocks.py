@@ -161,33 +161,38 @@ def _raise(fit: FloatArray, power_w: FloatArray, kind: IntArray, now: IntArray, 
     Gains are taken along the lower convex hull of each kind, so the cheapest first is the least power, but for the last
     instance raised. Among like instances those at a high clock now go up first: fewer changes.
     """
-    count = np.bincount(kind, minlength=len(fit))
-    gains = []  # (watts per share, kind, from, to)
-    for k in range(len(fit)):
-        at = int(np.argmin(power_w[k]))
-        while at < fit.shape[1] - 1:
-            gain = fit[k, at + 1 :] - fit[k, at]
-            cost = power_w[k, at + 1 :] - power_w[k, at]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                slope = np.where(gain > 0.0, cost / gain, np.inf)
-            best = int(np.argmin(slope))
-            if not np.isfinite(slope[best]):
-                break
-            gains.append((float(slope[best]), k, at, at + 1 + best))
-            at += 1 + best
     lowest = power_w.argmin(axis=1)
     reached: IntArray = lowest[kind]
     carried = float(fit[kind, reached].sum())
+    if carried >= enough:
+        return reached
+    gains = [gain for k in range(len(fit)) for gain in _gains(fit[k].tolist(), power_w[k].tolist(), int(lowest[k]), k)]
     eager = np.argsort(-now, kind="stable")
-    for _, k, start, end in sorted(gains):
+    members = [eager[kind[eager] == k] for k in range(len(fit))]
+    for _, k, end, gain in sorted(gains):
         if carried >= enough:
             break
-        gain = float(fit[k, end] - fit[k, start])
-        raised = min(int(np.ceil((enough - carried) / gain)), int(count[k]))
-        members = eager[kind[eager] == k]
-        reached[members[:raised]] = end
+        raised = min(int(np.ceil((enough - carried) / gain)), len(members[k]))
+        reached[members[k][:raised]] = end
         carried += raised * gain
     return reached
+
+
+def _gains(fit: list[float], power_w: list[float], lowest: int, kind: int) -> list[tuple[float, int, int, float]]:
+    """(watts per share, kind, clock reached, share gained) along the lower convex hull; a few numbers, so no arrays."""
+    gains, at = [], lowest
+    while at < len(fit) - 1:
+        slopes = [
+            ((power_w[c] - power_w[at]) / (fit[c] - fit[at]), kind, c, fit[c] - fit[at])
+            for c in range(at + 1, len(fit))
+            if fit[c] > fit[at]
+        ]
+        if not slopes:
+            break
+        best = min(slopes)
+        gains.append(best)
+        at = best[2]
+    return gains
 
 
 class _ModelArrays:
