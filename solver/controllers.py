@@ -189,7 +189,8 @@ class PlanningController:
         """Demand in GPUs at the least GPUs per request: classes weigh what they need."""
         c = self.candidates
         per_request = c.work * (c.shape_tp[c.group_shape] / c.group_peak)
-        return float(rate_rps @ per_request.min(axis=1))
+        least = per_request.min(axis=1)
+        return float(rate_rps @ np.where(np.isfinite(least), least, 0.0))  # what nobody can serve asks for nothing
 
     def _make_plan(self, levels: Level, observation: Observation) -> list[Diagnostic]:
         if self.policy.static:
