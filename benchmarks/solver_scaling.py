@@ -273,7 +273,7 @@ def main(profile: str, solves: int, only: str, as_json: bool, store: bool) -> No
         if only in case.name:
             timings.append(time_case(case, table, max(solves // 10, 3) if case.models > 1 else solves))
             if not as_json:
-                click.echo(as_text(timings[-1:], {}).splitlines()[-1])
+                click.echo(as_text(timings[-1:], {}).splitlines()[1])
     clocks_s = {n: time_clocks(table, n, 200) for n in (8, 64, 512)}
     document: dict[str, Any] = {
         "profile": profile,
