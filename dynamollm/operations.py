@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -261,7 +261,7 @@ class Operations:
             await asyncio.sleep(POLL_S)
 
     def _record(self, action: Action, outcome: Outcome, began_s: float, reason: str = "") -> None:
-        self.records.append(OperationRecord(_printable(action), outcome, began_s, self._clock(), reason))
+        self.records.append(OperationRecord(action, outcome, began_s, self._clock(), reason))
         key = (type(action).__name__, outcome)
         self.counts[key] = self.counts.get(key, 0) + 1
 
@@ -274,8 +274,3 @@ def _instances_of(action: Action) -> tuple[str, ...]:
             return ("",)  # routes follow one another
         case _:
             return (action.instance_id,)
-
-
-def _printable(action: Action) -> Action:
-    """The action as it is kept: routes without their matrices."""
-    return replace(action, instance_weight={}) if isinstance(action, Route) else action

@@ -197,14 +197,12 @@ class Wake(_Ordered):
 class Route(_Ordered):
     """Where requests go from now on.
 
-    ``pool_share[k, p]`` is the share of demand k that pool p takes; rows sum to 1 (0 where nothing can serve k).
-    ``instance_weight`` is what each instance should be given of its pool's traffic, relative to the others in the pool
-    (planned load x capacity); an instance not named weighs as much as the mean of the named ones of its pool.
+    ``pool_share[k, p]`` is the share of demand k that pool p takes; rows sum to 1 (0 where nothing can serve k). Which
+    instance of the pool gets a request is the router's: it knows the load of this moment.
     """
 
     pools: tuple[str, ...]  # (P,)
     pool_share: FloatArray  # (K, P)
-    instance_weight: Mapping[str, float] = field(default_factory=dict)
 
 
 class Escalation(Enum):
