@@ -10,6 +10,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks.simulation_report import file_name
 from simulator.results import RunResult
 
 COLOURS = ("#4c4c4c", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d")
@@ -33,7 +34,7 @@ def plot_runs(runs: Sequence[RunResult], folder: Path) -> Path:
     _tp_mix(axes[3], runs[-1], scale)
     axes[3].set_xlabel(f"time, {unit}")
     figure.suptitle(f"{runs[0].workload}, {runs[0].gpus} GPUs, {runs[0].profile}")
-    path = folder / f"{runs[0].workload.replace(' ', '_').replace('/', '_')}--{runs[0].profile}.png"
+    path = folder / f"{file_name(runs[0].workload)}--{runs[0].profile}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -73,8 +73,12 @@ def store_run(run: RunResult, folder: Path, settings: Mapping[str, Any]) -> Path
 
 def run_path(folder: Path, workload: str, profile: str, policy: str, seed: int) -> Path:
     """Where a run is stored."""
-    plain = "".join(c if c.isalnum() or c in "-." else "_" for c in workload)
-    return folder / f"{plain}--{profile}--{policy}--seed{seed}.json"
+    return folder / f"{file_name(workload)}--{profile}--{policy}--seed{seed}.json"
+
+
+def file_name(workload: str) -> str:
+    """The name of a workload as a part of a file name."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in workload)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
