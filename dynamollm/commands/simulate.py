@@ -10,6 +10,7 @@ from rich.console import Console
 
 from benchmarks.simulation_plots import plot_runs
 from benchmarks.simulation_report import print_runs, store_run
+from dynamollm.adapters.own_stdout import libraries_to_stderr
 from dynamollm.errors import UserError
 from energy.adapters.capacity_file import load_capacity
 from energy.adapters.catalogue import load_profile, profile_names
@@ -78,7 +79,8 @@ def command(
     scenario = replace(scenario, sample_s=max(10.0, workload.duration_s / 2000), prediction=LengthPrediction(accuracy))
     runs = []
     for name in policies.split(","):
-        result = _run(scenario, name.strip(), workload, seed, grid, gpu_price)
+        with libraries_to_stderr():
+            result = _run(scenario, name.strip(), workload, seed, grid, gpu_price)
         store_run(result, out, {"rate_scale": rate_scale, "accuracy": accuracy, "grid": grid})
         runs.append(result)
     if as_json:
