@@ -154,7 +154,7 @@ def table(summaries: list[Summary]) -> Table:
 
 
 def plot(summaries: list[Summary], file: Path) -> None:
-    """CPU a request, one panel a scenario, on a logarithmic scale."""
+    """CPU a request, one panel a scenario; logarithmic where one gateway costs far more than another."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -167,8 +167,13 @@ def plot(summaries: list[Summary], file: Path) -> None:
         colours = ["tab:orange" if each.gateway == OURS else "tab:grey" for each in own]
         bars = panel.barh([each.gateway for each in own], [each.cpu_ms for each in own], color=colours)
         panel.bar_label(bars, [f"{each.cpu_ms:.3g}" for each in own], padding=2, fontsize=8)
-        panel.set_xscale("log")
-        panel.set_xlim(right=max(each.cpu_ms for each in own) * 3)
+        cheapest_ms, dearest_ms = own[0].cpu_ms, own[-1].cpu_ms
+        if dearest_ms > 30 * cheapest_ms:
+            panel.set_xscale("log")
+            panel.set_xlim(cheapest_ms / 3, dearest_ms * 10)
+        else:
+            panel.set_xlim(0, dearest_ms * 1.3)
+        panel.locator_params(axis="x", **({"numticks": 4} if panel.get_xscale() == "log" else {"nbins": 4}))
         panel.set_title(scenario, fontsize=10)
         panel.set_xlabel("CPU ms " + ("a stream" if scenario.startswith("streams") else "a request"), fontsize=9)
         panel.tick_params(labelsize=8)
