@@ -1,4 +1,4 @@
-"""Keeps standard output for what we print: compiled libraries (HiGHS among them) write to descriptor 1 by themselves."""
+"""Keeps standard output for what we print: compiled libraries, HiGHS among them, write to descriptor 1 themselves."""
 
 import os
 import sys
