@@ -32,8 +32,8 @@ class ClockSettings:
     """How careful to be with clocks."""
 
     memory_s: float = 20.0  # time constant of the load
-    ceiling: float = 0.9  # of the SLO capacity; beyond it clocks go up
-    target: float = 0.8  # what a change of clocks makes room for
+    ceiling: float = 0.97  # of the SLO capacity; beyond it clocks go up
+    target: float = 0.9  # what a change of clocks makes room for
     miss_memory_s: float = 20.0  # time constant of how often the SLO is missed
     tight: float = 0.4  # share of ticks with a miss above which an instance goes one step beyond its pool's
     broken: float = 0.7  # above which it goes to the top

@@ -23,7 +23,7 @@ class Periods:
     instance_s: float = 5.0
     pool_s: float = 300.0
     cluster_s: float = 1800.0
-    joint_s: float = 60.0
+    joint_s: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
