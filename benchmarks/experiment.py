@@ -67,7 +67,7 @@ class Experiment:
     profiles: tuple[str, ...] = PROFILES
 
 
-# A week of 5 s ticks is 121,000 calls of the controller; every 20 s, and a joint plan every 5 min, keeps it to minutes
+# A week of 5 s ticks is 121,000 calls of the controller: every 20 s, and a joint plan every 5 min, keeps it to minutes
 COARSE = Periods(instance_s=20.0, pool_s=300.0, cluster_s=1800.0, joint_s=300.0)
 
 EXPERIMENTS = {
@@ -77,7 +77,7 @@ EXPERIMENTS = {
         Experiment("poisson-low", "poisson-low", 12, "poisson-high", MAIN, 10.0),
         Experiment("poisson-medium", "poisson-medium", 12, "poisson-high", MAIN, 10.0),
         Experiment("poisson-high", "poisson-high", 12, "poisson-high", MAIN, 10.0),
-        Experiment("code-day", "azure-2024-code-day", 12, "azure-2024-code-day", MAIN, 120.0, COARSE, CODE_PROFILES),
+        Experiment("code-day", "azure-2024-code-day", 12, "azure-2024-code-day", MAIN, 120.0, None, CODE_PROFILES),
         Experiment("code-week", "azure-2024-code-week", 40, "azure-2024-code-week", MAIN, 600.0, COARSE, CODE_PROFILES),
         Experiment("conv-week", "servegen-week", 40, "servegen-week", MAIN, 600.0, COARSE),
     )
