@@ -25,6 +25,7 @@ from pools.view import PoolView
 from solver.control import STATE_CODE, FloatArray, InstanceViews, IntArray
 
 READY = STATE_CODE[InstanceState.READY]
+LEAST_LOAD = 1e-9  # of an instance; what a decayed memory of traffic comes to counts as none
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +221,6 @@ class _ModelArrays:
         """(k, C) share of this load one instance of each TP carries at each clock, and its power when full of it."""
         shares = self.per_request[tp] * rate_rps  # (k, C, 9)
         load = shares.sum(axis=2)
-        if not rate_rps.any():
-            return np.full(load.shape, 1e9), self.idle_w[tp]
+        if load.min(initial=np.inf) < LEAST_LOAD:
+            return np.full(load.shape, 1.0 / LEAST_LOAD), self.idle_w[tp]
         return 1.0 / load, np.einsum("kcj,kcj->kc", shares, self.full_w[tp]) / load

@@ -128,3 +128,11 @@ def test_raising_the_cheapest_gain_first_costs_at_most_one_step_more_than_the_be
 def test_clocks_are_those_of_the_table():
     rows = [{"id": "a", "tp": 4, "clock": 1111, "rate": {LL: 0.5}}]
     assert run(ClockChooser({"m": table()}, one_pool()), rows).sm_clock_mhz[0] in CLOCKS
+
+
+def test_traffic_that_has_long_ended_counts_as_none():
+    chooser = ClockChooser({"m": table()}, one_pool())
+    row = {"id": "a", "tp": 8, "rate": {LL: 0.9 * full_rate(1980)}}
+    run(chooser, [row])
+    row["rate"] = {}
+    assert run(chooser, [row], ticks=5000).sm_clock_mhz.tolist() == [800]
