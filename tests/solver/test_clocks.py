@@ -57,10 +57,11 @@ def test_a_pool_raises_as_few_instances_as_it_must():
 
 def test_an_instance_left_idle_by_the_router_goes_down_though_its_pool_is_busy():
     rows = [
-        {"id": "busy", "tp": 8, "rate": {LL: 1.2 * full_rate(1980)}},
+        {"id": "busy", "tp": 8, "rate": {LL: 1.0 * full_rate(1980)}},
         {"id": "idle", "tp": 8, "rate": {LL: 0.02 * full_rate(800)}},
     ]
-    clocks = run(ClockChooser({"m": table()}, one_pool()), rows).sm_clock_mhz
+    chooser = ClockChooser({"m": table()}, one_pool(), ClockSettings(ceiling=0.9, target=0.8))
+    clocks = run(chooser, rows).sm_clock_mhz
     assert clocks[1] == 800
     assert clocks[0] > 800
 
