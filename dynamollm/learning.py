@@ -15,9 +15,9 @@ class GatewayLengths:
     def __init__(self, predictor: LengthPredictor) -> None:
         self._predictor = predictor
 
-    def output_tokens(self, fields: RequestFields, model: str, input_tokens: int) -> float:
+    def output_tokens(self, fields: RequestFields, model: str, input_tokens: int, tenant: str) -> float:
         """Predicted tokens of the answer."""
-        return self._predictor.predict(_features(fields, model, input_tokens))
+        return self._predictor.predict(_features(fields, model, input_tokens, tenant))
 
     def learn(self, outcome: Outcome) -> None:
         """Take in an answer that ended by itself; one cut short says nothing of its length."""
@@ -39,7 +39,7 @@ class GatewayTokens:
             self._estimator.learn(outcome.request.model, outcome.fields.size, outcome.prompt_tokens)
 
 
-def _features(fields: RequestFields, model: str, input_tokens: int, tenant: str = "default-flow") -> LengthFeatures:
+def _features(fields: RequestFields, model: str, input_tokens: int, tenant: str) -> LengthFeatures:
     return LengthFeatures(
         model=model,
         input_tokens=input_tokens,

@@ -172,7 +172,7 @@ class Admission:
         input_tokens: int,
     ) -> Request:
         services, slos = self._services, self._settings.slos
-        output_tokens = services.lengths.output_tokens(fields, model, input_tokens)
+        output_tokens = services.lengths.output_tokens(fields, model, input_tokens, terms.tenant)
         request_class = slos.cuts.classify(input_tokens, output_tokens)
         if input_tokens <= slos.cuts.longest_input_tokens:
             slo = self._slos[request_class]

@@ -7,6 +7,7 @@ vLLM's: a number may come as a string. What is wrong here would be wrong there: 
 """
 
 import re
+from binascii import crc32
 from typing import Any
 
 import msgspec
@@ -22,6 +23,11 @@ _ABSENT = Raw(b"")
 _NULL = Raw(b"null")
 _Number = int | float | str | None
 _BRACKET = ord("[")
+_USER, _SYSTEM, _DEVELOPER = Raw(b'"user"'), Raw(b'"system"'), Raw(b'"developer"')
+OPENING_BYTES, ENDING_BYTES = 256, 128
+"""What is kept of the last user turn, so that no prompt makes length prediction dearer."""
+_TURNS_BACK = 8  # messages looked through for the user's last; those after it are tool calls and their results
+_SYSTEM_BYTES = 1024  # of a system prompt, to know it again by
 _PATH = re.compile(r" - at `\$(.*)`$")
 _BOOLEANS = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 
@@ -59,6 +65,7 @@ class _Body(msgspec.Struct):
     stream_options: _StreamOptions | None = None
     nvext: Raw = _ABSENT
     tools: Raw = _ABSENT
+    tool_choice: Raw = _ABSENT
     response_format: Raw = _ABSENT
     chat_template_kwargs: Raw = _ABSENT
     reasoning_effort: Raw = _ABSENT
@@ -91,6 +98,9 @@ class RequestFields(msgspec.Struct, frozen=True):
     thinking: bool
     engine_priority: int | None  # vLLM's: lower is earlier
     service_tier: str | None
+    tool_choice: int = 0  # checksum; 0 = not said
+    system: int = 0  # checksum of the system prompt; 0 = none
+    turn: bytes = b""  # of the last user turn as JSON: its opening, NUL, its ending
 
 
 _chat = msgspec.json.Decoder(_ChatBody)
@@ -114,7 +124,8 @@ def read_chat(body: bytes) -> RequestFields:
         else:
             text_bytes += len(content)
         text_bytes += len(message.tool_calls)
-    return _fields(fields, PromptSize(text_bytes + len(fields.tools), len(fields.messages)), None)
+    size = PromptSize(text_bytes + len(fields.tools), len(fields.messages))
+    return _fields(fields, size, None, _system_of(fields.messages), _last_turn(fields.messages))
 
 
 def read_completion(body: bytes) -> RequestFields:
@@ -122,14 +133,14 @@ def read_completion(body: bytes) -> RequestFields:
     fields = _decoded(_completion, body)
     prompt = fields.prompt
     if not len(prompt) or memoryview(prompt)[0] != _BRACKET:
-        return _fields(fields, PromptSize(len(prompt)), None)
+        return _fields(fields, PromptSize(len(prompt)), None, 0, _ends_of(prompt))
     items: list[Any] = _decoded(_prompts, prompt)
     if items and isinstance(items[0], int):
         return _fields(fields, PromptSize(0), len(items))
     if items and isinstance(items[0], list):
         tokens = sum(len(item) for item in items if isinstance(item, list))
         return _fields(fields, PromptSize(0), tokens)
-    return _fields(fields, PromptSize(len(prompt)), None)
+    return _fields(fields, PromptSize(len(prompt)), None, 0, _ends_of(prompt))
 
 
 def prompt_of(path: bytes, body: bytes) -> str | Messages:
@@ -174,7 +185,7 @@ def _decoded(decoder: msgspec.json.Decoder[Any], body: bytes | Raw) -> Any:
         raise bad_request(f"The body is not valid JSON: {error}", "body") from error
 
 
-def _fields(body: Any, size: PromptSize, input_tokens: int | None) -> RequestFields:
+def _fields(body: Any, size: PromptSize, input_tokens: int | None, system: int = 0, turn: bytes = b"") -> RequestFields:
     options = body.stream_options
     if body.max_completion_tokens is not None:
         cap_tokens = _integer(body.max_completion_tokens, "max_completion_tokens")
@@ -194,7 +205,32 @@ def _fields(body: Any, size: PromptSize, input_tokens: int | None) -> RequestFie
         len(body.chat_template_kwargs) > 2 or len(body.reasoning_effort) > 2,
         None if body.priority is None else _integer(body.priority, "priority"),
         body.service_tier,
+        crc32(memoryview(body.tool_choice)[:_SYSTEM_BYTES]) if len(body.tool_choice) else 0,
+        system,
+        turn,
     )
+
+
+def _system_of(messages: list[_Message]) -> int:
+    """What a system prompt is known again by: prompts that begin alike are taken for one."""
+    if messages and (messages[0].role == _SYSTEM or messages[0].role == _DEVELOPER):
+        return crc32(memoryview(messages[0].content)[:_SYSTEM_BYTES])
+    return 0
+
+
+def _last_turn(messages: list[_Message]) -> bytes:
+    """Both ends of what the user said last; of a long talk without a user only the last message is looked at."""
+    for message in messages[: -_TURNS_BACK - 1 : -1]:
+        if message.role == _USER:
+            return _ends_of(message.content)
+    return _ends_of(messages[-1].content) if messages else b""
+
+
+def _ends_of(text: Raw) -> bytes:
+    if len(text) <= OPENING_BYTES + ENDING_BYTES:
+        return bytes(text)
+    view = memoryview(text)
+    return b"\0".join((view[:OPENING_BYTES], view[-ENDING_BYTES:]))
 
 
 def _integer(value: float | str | None, name: str) -> int | None:

@@ -55,7 +55,7 @@ class TokenCounter(Protocol):
 class LengthPredictor(Protocol):
     """How many tokens an answer will be."""
 
-    def output_tokens(self, fields: RequestFields, model: str, input_tokens: int) -> float:
+    def output_tokens(self, fields: RequestFields, model: str, input_tokens: int, tenant: str) -> float:
         """Predicted tokens of the answer."""
 
 

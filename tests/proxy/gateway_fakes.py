@@ -271,7 +271,7 @@ class ByteCounter:
 
 
 class CapLengths:
-    def output_tokens(self, fields, model, input_tokens):
+    def output_tokens(self, fields, model, input_tokens, tenant):
         return float(fields.hint_tokens or fields.cap_tokens or 100)
 
 

@@ -255,7 +255,7 @@ def services_over(engine):
 
 
 class _HundredTokens:
-    def output_tokens(self, fields, model, input_tokens):
+    def output_tokens(self, fields, model, input_tokens, tenant):
         return 100.0
 
 

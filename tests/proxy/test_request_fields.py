@@ -11,6 +11,8 @@ from proxy.errors import ApiError
 from proxy.fields import (
     CHAT_PATH,
     COMPLETION_PATH,
+    ENDING_BYTES,
+    OPENING_BYTES,
     prompt_of,
     read_chat,
     read_completion,
@@ -175,3 +177,60 @@ def test_usage_is_asked_for_beside_other_stream_options():
     body = b'{"stream_options":{"include_usage":false,"continuous_usage_stats":true}}'
     assert stream_options_with_usage(body) == {"include_usage": True, "continuous_usage_stats": True}
     assert stream_options_with_usage(b'{"stream_options":null}') == {"include_usage": True}
+
+
+def user(text, **more):
+    return {"role": "user", "content": text, **more}
+
+
+SYSTEM = {"role": "system", "content": "You are brief. " * 200}
+
+
+def test_the_last_user_turn_is_kept_by_both_ends():
+    assert chat(messages=[user("first"), {"role": "assistant", "content": "x"}, user("last")]).turn == b'"last"'
+    text = "a" * 300 + "b" * 300
+    turn = chat(messages=[user(text)]).turn
+    opening, ending = turn.split(b"\0")
+    assert opening == b'"' + b"a" * (OPENING_BYTES - 1)
+    assert ending == b"b" * (ENDING_BYTES - 1) + b'"'
+    exact = "c" * (OPENING_BYTES + ENDING_BYTES - 2)
+    assert chat(messages=[user(exact)]).turn == b'"%b"' % exact.encode()
+
+
+def test_tool_results_do_not_hide_the_user_and_long_talk_is_not_searched():
+    calls = [{"role": "assistant", "content": None}, {"role": "tool", "content": "42"}]
+    assert chat(messages=[user("ask"), *calls]).turn == b'"ask"'
+    assert chat(messages=[user("ask"), *calls * 50]).turn == b'"42"'
+
+
+def test_the_turn_of_a_completion_is_its_prompt():
+    assert completion(prompt="say it").turn == b'"say it"'
+    assert completion(prompt=["one", "two"]).turn == b'["one", "two"]'
+    assert completion(prompt=[1, 2, 3]).turn == b""
+    assert completion().turn == b""
+    assert chat(messages=[]).turn == b""
+
+
+def test_system_prompts_are_told_apart_by_their_beginning():
+    plain = chat(messages=[user("a")])
+    first = chat(messages=[SYSTEM, user("a")])
+    assert plain.system == 0 != first.system
+    assert first.system == chat(messages=[SYSTEM, user("b"), user("c")]).system
+    developer = {**SYSTEM, "role": "developer"}
+    assert first.system == chat(messages=[developer, user("a")]).system
+    other = {**SYSTEM, "content": "You are long. " * 200}
+    assert chat(messages=[other, user("a")]).system not in (0, first.system)
+    assert chat(messages=[user("a"), SYSTEM]).system == 0  # only what stands first sets the tone
+
+
+def test_tool_choices_are_told_apart():
+    said = [chat(tool_choice=choice).tool_choice for choice in ("auto", "required", {"type": "function"})]
+    assert len({0, *said}) == 4
+    assert chat().tool_choice == 0
+
+
+@given(st.text(max_size=2000), st.integers(1, 12))
+def test_what_is_kept_of_a_turn_is_bounded(text, repeats):
+    fields = chat(messages=[user(text * repeats)])
+    assert len(fields.turn) <= OPENING_BYTES + 1 + ENDING_BYTES
+    assert fields == chat(messages=[user(text * repeats)])
