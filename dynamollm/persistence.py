@@ -9,6 +9,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from dynamollm.store import Store
+
 log = logging.getLogger("dynamollm.persistence")
 
 PERIOD_S = 60.0
@@ -24,31 +26,6 @@ class Remembering(Protocol):
         """Take a snapshot over. Raises ``ValueError`` if it is not one."""
 
 
-class Store(Protocol):
-    """Documents by name."""
-
-    def read(self, name: str) -> dict[str, Any] | None:
-        """The document, or None. Raises ``OSError`` or ``ValueError`` where it cannot be read."""
-
-    def write(self, name: str, document: dict[str, Any]) -> None:
-        """Replace the document, whole or not at all. Raises ``OSError``."""
-
-
-class MemoryStore:
-    """Forgets everything with the process: the default, and for tests."""
-
-    def __init__(self) -> None:
-        self.documents: dict[str, dict[str, Any]] = {}
-
-    def read(self, name: str) -> dict[str, Any] | None:
-        """The document, or None."""
-        return self.documents.get(name)
-
-    def write(self, name: str, document: dict[str, Any]) -> None:
-        """Replace the document."""
-        self.documents[name] = document
-
-
 class Persistence:
     """``restore`` before anything runs; ``run`` as a task, or ``save`` at will."""
 
@@ -56,21 +33,21 @@ class Persistence:
         self._store = store
         self._parts = dict(parts)
 
-    def restore(self) -> None:
+    async def restore(self) -> None:
         """Give every part its document; one that is missing or unusable begins anew, and that is said."""
         for name, part in self._parts.items():
             try:
-                document = self._store.read(name)
+                document = await self._store.read(name)
                 if document is not None:
                     part.restore(document)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("what was remembered of %s cannot be used, it begins anew: %s", name, error)
 
-    def save(self) -> None:
+    async def save(self) -> None:
         """Save every part; a failure is said and tried again next time."""
         for name, part in self._parts.items():
             try:
-                self._store.write(name, part.snapshot())
+                await self._store.write(name, part.snapshot())
             except OSError as error:
                 log.warning("%s cannot be saved: %s", name, error)
 
@@ -79,6 +56,6 @@ class Persistence:
         try:
             while True:
                 await asyncio.sleep(PERIOD_S)
-                self.save()
+                await self.save()
         finally:
-            self.save()
+            await self.save()

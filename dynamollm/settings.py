@@ -131,10 +131,15 @@ class EnergySettings:
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
-    """Where what was learned and booked is kept over a restart."""
+    """Where what was learned and booked outlives a restart, and what the processes of a deployment share.
 
-    kind: Literal["memory", "file"] = "memory"  # memory: nowhere
-    folder: str = "~/.local/state/dynamollm"  # file: one JSON document a part
+    ``memory``: nowhere, one process. ``file``: the processes of one machine. ``redis``: any number of machines.
+    """
+
+    kind: Literal["memory", "file", "redis"] = "memory"
+    folder: str = "~/.local/state/dynamollm"  # file: the database's
+    url: str = "redis://127.0.0.1:6379/0"  # redis, rediss or unix, with its password
+    prefix: Name = "dynamollm"  # redis: of every key; one deployment, one prefix
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from dynamollm.accounts import AccountedRouter, GatewayAccounts
 from dynamollm.adapters.clock import monotonic_s, unix_offset_s
 from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.adapters.engine_probe import HttpEngineProbe
-from dynamollm.adapters.file_store import FileStore
+from dynamollm.adapters.redis_store import RedisStore
+from dynamollm.adapters.sqlite_store import SqliteStore
 from dynamollm.control_loop import AsyncController, ControlLoop, StaticController
 from dynamollm.deployment import Deployment, node_names
 from dynamollm.errors import UserError
@@ -17,9 +18,10 @@ from dynamollm.learning import GatewayLengths, GatewayTokens
 from dynamollm.metering import HeldGpus, Metering
 from dynamollm.observation import Observer
 from dynamollm.operations import Operations
-from dynamollm.persistence import MemoryStore, Persistence, Store
+from dynamollm.persistence import Persistence
 from dynamollm.runner import Runner
 from dynamollm.settings import EnergySettings, LimitSettings, Settings, StoreSettings
+from dynamollm.store import Store
 from dynamollm.vllm_wiring import build_emulated_device_driver, build_vllm_driver
 from energy.accounting import GPU_HOUR_USD, Prices
 from energy.accounting_ledger import EnergyLedger
@@ -122,8 +124,14 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
 
 
 def build_store(store: StoreSettings) -> Store:
-    """Where things are kept."""
-    return FileStore(Path(store.folder).expanduser()) if store.kind == "file" else MemoryStore()
+    """Where things are kept and shared."""
+    match store.kind:
+        case "redis":
+            return RedisStore(store.url, store.prefix)
+        case "file":
+            return SqliteStore(Path(store.folder).expanduser())
+        case _:
+            return SqliteStore()
 
 
 def build_ledger(energy: EnergySettings) -> EnergyLedger:

@@ -100,7 +100,7 @@ async def _serve(application: Application, server: uvicorn.Server, sockets: list
 async def _run_cluster(application: Application) -> None:
     """The runner and, once the cluster is up, the controller; both end together."""
     try:
-        application.persistence.restore()
+        await application.persistence.restore()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(application.runner.run())
             tasks.create_task(application.persistence.run())

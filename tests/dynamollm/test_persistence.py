@@ -1,12 +1,14 @@
 """What is learned outlives the process, and a broken store costs the memory only."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from dynamollm.adapters.file_store import FileStore
-from dynamollm.persistence import MemoryStore, Persistence
+from dynamollm.adapters.sqlite_store import SqliteStore
+from dynamollm.persistence import Persistence
+from dynamollm.store import Document
 from energy.accounting import Prices
 from energy.accounting_ledger import EnergyLedger
 from energy.carbon import StaticIntensity
@@ -28,73 +30,70 @@ class Counter:
         self.count = snapshot["count"]
 
 
-@pytest.fixture(params=["memory", "file"])
-def store(request, tmp_path):
-    return MemoryStore() if request.param == "memory" else FileStore(tmp_path / "state" / "deep")
-
-
-def test_a_document_comes_back_and_a_missing_one_is_none(store):
-    assert store.read("lengths") is None
-    store.write("lengths", {"a": [1, 2.5, None, "x"]})
-    store.write("lengths", {"a": [1, 2.5]})
-    assert store.read("lengths") == {"a": [1, 2.5]}
-
-
-def test_the_predictors_and_the_ledger_come_back_as_they_were(store):
+def test_the_predictors_and_the_ledger_come_back_as_they_were():
+    store = SqliteStore()
     tokens, lengths = TokenEstimator(), RunningLengths()
     ledger = EnergyLedger(StaticIntensity(100.0, "test"), Prices(), 0.0)
     features = LengthFeatures("m", 100, tools=True)
     for _ in range(50):
         tokens.learn("m", PromptSize(400, 1), 160)
         lengths.learn(features, 37)
-    Persistence(store, {"tokens": tokens, "lengths": lengths, "ledger": ledger}).save()
+    asyncio.run(Persistence(store, {"tokens": tokens, "lengths": lengths, "ledger": ledger}).save())
     again, again_lengths = TokenEstimator(), RunningLengths()
-    Persistence(store, {"tokens": again, "lengths": again_lengths}).restore()
+    asyncio.run(Persistence(store, {"tokens": again, "lengths": again_lengths}).restore())
     assert again.estimate("m", PromptSize(400, 1)) == tokens.estimate("m", PromptSize(400, 1))
     assert again_lengths.predict(features) == pytest.approx(lengths.predict(features))
 
 
 def test_it_saves_every_minute_and_at_the_end():
-    store, counter = MemoryStore(), Counter()
+    store, counter = SqliteStore(), Counter()
 
     async def main() -> None:
         task = asyncio.create_task(Persistence(store, {"c": counter}).run())
         counter.count = 1
         await asyncio.sleep(59)
-        assert store.documents == {}
+        assert await store.read("c") is None
         await asyncio.sleep(2)
-        assert store.documents == {"c": {"count": 1}}
+        assert await store.read("c") == {"count": 1}
         counter.count = 2
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert await store.read("c") == {"count": 2}
 
     run(main())
-    assert store.documents == {"c": {"count": 2}}
 
 
-def test_what_cannot_be_used_is_said_and_begun_anew(tmp_path, caplog):
-    folder = tmp_path / "state"
-    folder.mkdir()
-    (folder / "broken.json").write_text("{")
-    (folder / "other.json").write_text('{"kount": 1}')
-    (folder / "good.json").write_text('{"count": 7}')
-    parts = {name: Counter() for name in ("broken", "other", "good", "new")}
-    Persistence(FileStore(folder), parts).restore()
-    assert {name: part.count for name, part in parts.items()} == {"broken": 0, "other": 0, "good": 7, "new": 0}
-    assert "broken cannot be used" in caplog.text
+def test_what_cannot_be_used_is_said_and_begun_anew(caplog):
+    async def main() -> dict[str, int]:
+        store = SqliteStore()
+        await store.write("other", {"kount": 1})
+        await store.write("good", {"count": 7})
+        parts = {name: Counter() for name in ("other", "good", "new")}
+        await Persistence(store, parts).restore()
+        return {name: part.count for name, part in parts.items()}
+
+    assert asyncio.run(main()) == {"other": 0, "good": 7, "new": 0}
     assert "other cannot be used" in caplog.text
 
 
-def test_a_full_disk_is_said_and_leaves_the_old_document(tmp_path, caplog, monkeypatch):
-    store = FileStore(tmp_path)
-    store.write("c", {"count": 1})
+class AwayStore(SqliteStore):
+    async def read(self, name: str) -> Document | None:
+        raise OSError("No route to host")
 
-    def full(*_: object) -> None:
+    async def write(self, name: str, document: Mapping[str, Any]) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("energy.adapters.catalogue.os.replace", full)
-    Persistence(store, {"c": Counter(2)}).save()
+
+def test_a_store_that_is_away_is_said_and_costs_the_memory_only(caplog):
+    counter = Counter(2)
+
+    async def main() -> None:
+        persistence = Persistence(AwayStore(), {"c": counter})
+        await persistence.restore()
+        await persistence.save()
+
+    asyncio.run(main())
+    assert counter.count == 2
+    assert "No route to host" in caplog.text
     assert "No space left" in caplog.text
-    assert store.read("c") == {"count": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
