@@ -126,11 +126,18 @@ class TestStreams:
 
 
 class TestClientsThatLeave:
-    """The engine is free within 100 ms; the bound here leaves room for a busy machine."""
+    """The engine is free within 100 ms, in the quickest of a few tries: the machine may be busy with other things."""
 
     @pytest.mark.parametrize("stream", [True, False])
     @pytest.mark.parametrize("how", ["close", "reset", "half-close"])
     def test_leaving_aborts(self, instance, how, stream):
+        took_s = [self.leave(instance, how, stream) for _ in range(3)]
+        assert min(took_s) < 0.1
+        assert instance.metric("vllm:kv_cache_usage_perc") == 0
+        assert instance.metric("vllm:request_success_total") == 0  # no counter records it
+        assert instance.chat().status_code == 200
+
+    def leave(self, instance, how, stream):
         with raw_request(instance, max_tokens=4000, stream=stream) as connection:
             if how == "reset":
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -138,10 +145,7 @@ class TestClientsThatLeave:
                 connection.shutdown(socket.SHUT_WR)
             else:
                 connection.close()
-            wait_for(lambda: running(instance) == 0, within_s=0.5)
-        assert instance.metric("vllm:kv_cache_usage_perc") == 0
-        assert instance.metric("vllm:request_success_total") == 0  # no counter records it
-        assert instance.chat().status_code == 200
+            return wait_for(lambda: running(instance) == 0)
 
     def test_leaving_frees_a_place_in_the_queue(self, emulator):
         instance = emulator.start(max_num_queued_reqs=1)
