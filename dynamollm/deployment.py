@@ -4,7 +4,8 @@ It turns settings into instance specifications (which GPUs, which clock), takes 
 router its immutable ClusterView and the gateway its directory of models and addresses.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -38,11 +39,17 @@ def node_names(node: NodeSettings) -> Iterator[str]:
 class Deployment:
     """Instances by id, the GPUs they hold, and the views others take of them."""
 
-    def __init__(self, settings: Settings, profiles: Mapping[str, EnergyProfile]) -> None:
-        """``profiles``: the EnergyProfile of each model, by model name."""
+    def __init__(
+        self,
+        settings: Settings,
+        profiles: Mapping[str, EnergyProfile],
+        lost_nodes: Callable[[], Collection[str]] = tuple,
+    ) -> None:
+        """``profiles``: by model name; ``lost_nodes``: those whose GPUs cannot be had now, as the driver tells."""
         self.settings = settings
         self.profiles = profiles
-        self.placement = Placement(node_gpus(settings.nodes))
+        self.lost_nodes = lost_nodes
+        self.placement = Placement(node_gpus(settings.nodes), lost_nodes)
         self.instances: dict[str, Instance] = {}
         self._pools = {pool.name: pool for pool in settings.pools}
         self._gpu_of_node = {name: node.gpu for node in settings.nodes for name in node_names(node)}
@@ -51,6 +58,7 @@ class Deployment:
         }
         self._addresses: dict[str, Address] = {}
         self._counts: dict[str, int] = {}
+        self._adopted: set[str] = set()  # names given by an earlier controller, never given again
         self._ready_at_s: dict[str, float] = {}
         self._ordered_mhz: dict[str, int] = {}
         self._views: dict[str, InstanceView] = {}
@@ -60,8 +68,12 @@ class Deployment:
     # --- specifications --------------------------------------------------------------------------------------------
 
     def configured(self) -> list[InstanceSpec]:
-        """Reserve GPUs for every instance the settings ask for, largest TP first; the specifications to start."""
-        wanted = [pool for pool in self.settings.pools for _ in range(pool.instances)]
+        """Reserve GPUs for every instance the settings ask for, largest TP first; the specifications to start.
+
+        Those that run already count, whatever their TP: a controller has had its reasons.
+        """
+        running = Counter(instance.pool for instance in self.instances.values())
+        wanted = [pool for pool in self.settings.pools for _ in range(pool.instances - running[pool.name])]
         specs = [self.specify(pool.name) for pool in sorted(wanted, key=lambda pool: -pool.tp)]
         order = {pool.name: index for index, pool in enumerate(self.settings.pools)}
         return sorted(specs, key=lambda spec: order[spec.pool])
@@ -78,11 +90,15 @@ class Deployment:
         pool: PoolSettings = self._pools[pool_name]
         clock_mhz = sm_clock_mhz or pool.sm_clock_mhz or self.profiles[pool.model].sm_clocks_mhz[-1]
         gpus = self.placement.take(tp or pool.tp, node)
-        if instance_id is None:
-            self._counts[pool_name] = self._counts.get(pool_name, 0) + 1
-            instance_id = f"{pool_name.lower()}-{self._counts[pool_name]}"
         shape = InstanceShape(pool.model, self._gpu_of_node[gpus[0].node], len(gpus))
-        return InstanceSpec(instance_id, pool_name, shape, gpus, clock_mhz)
+        return InstanceSpec(instance_id or self._new_name(pool_name), pool_name, shape, gpus, clock_mhz)
+
+    def _new_name(self, pool_name: str) -> str:
+        while True:
+            self._counts[pool_name] = self._counts.get(pool_name, 0) + 1
+            name = f"{pool_name.lower()}-{self._counts[pool_name]}"
+            if name not in self._adopted:
+                return name
 
     # --- what is reported ------------------------------------------------------------------------------------------
 
@@ -91,6 +107,17 @@ class Deployment:
         self.instances[instance.id] = instance
         self._addresses[instance.id] = Address.of_url(instance.url)
         self._version += 1
+
+    def adopt(self, instance: Instance) -> str:
+        """Take in an instance that an earlier controller started; returns why it cannot be, or nothing."""
+        if instance.pool not in self._pools:
+            return f"there is no pool {instance.pool!r} any more"
+        if missing := {gpu.node for gpu in instance.gpus} - self.placement.nodes.keys():
+            return f"there is no node {min(missing)!r} any more"
+        self._adopted.add(instance.id)
+        self.placement.hold(instance.gpus)
+        self.put(instance)
+        return ""
 
     def expect_ready(self, instance_id: str, at_s: float) -> None:
         """Note when an instance that is starting should be READY."""

@@ -88,6 +88,7 @@ class Observer:
         pools = tuple(pool.name for pool in deployment.settings.pools)
         nodes = deployment.placement.nodes
         names = tuple(nodes)
+        lost = deployment.lost_nodes()
         instances = list(deployment.instances.values())
         live = self._live()
         rows = [live.get(i.id, _Live()) for i in instances]
@@ -115,7 +116,7 @@ class Observer:
             pools=pools,
             node_names=names,
             node_gpus=_ints(nodes.values()),
-            node_usable=np.ones(len(names), dtype=np.bool_),
+            node_usable=np.array([name not in lost for name in names], dtype=np.bool_),
             instances=views,
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from dynamollm.deployment import Deployment
+from dynamollm.placement import NoRoomError
 from pools.drivers.port import DriverError, InstanceDriver, InstanceEvent, InstanceSpec
 from pools.instances import Instance, InstanceState
 from pools.view import ClusterView, EngineLoad
@@ -78,6 +79,7 @@ class Runner:
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 events = self._driver.events()
+                await self._adopt()
                 self._tasks.create_task(self._scrape())
                 starting = [self._tasks.create_task(self._start(spec)) for spec in self._deployment.configured()]
                 self._tasks.create_task(self._watch_settling(starting))
@@ -86,12 +88,27 @@ class Runner:
         finally:
             await self._driver.close()
 
+    async def _adopt(self) -> None:
+        """Take over what an earlier controller left running; what the settings no longer know is stopped."""
+        for instance in await self._driver.list():
+            if why := self._deployment.adopt(instance):
+                log.warning("instance %s runs and is stopped: %s", instance.id, why)
+                await self._driver.stop(instance.id, grace_s=0.0)
+                continue
+            log.info("instance %s runs already, %s at %s", instance.id, instance.state.value, instance.url)
+            self._specs[instance.id] = InstanceSpec(
+                instance.id, instance.pool, instance.shape, instance.gpus, instance.sm_clock_mhz
+            )
+        if self._deployment.instances:
+            self.publish()
+
     async def settled(self) -> None:
         """Wait until no instance is starting any more: each is READY or has failed at least once."""
         await self._settled.wait()
 
     async def _watch_settling(self, starting: list[asyncio.Task[None]]) -> None:
-        await asyncio.wait(starting)
+        if starting:
+            await asyncio.wait(starting)
         self._check_settled()
 
     def _check_settled(self) -> None:
@@ -167,7 +184,13 @@ class Runner:
     async def _replace(self, spec: InstanceSpec, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         await self._driver.stop(spec.id, grace_s=0.0)  # whatever is left of it holds its GPUs
-        await self._start(self._deployment.specify(spec.pool, spec.shape.tp, spec.sm_clock_mhz))
+        try:
+            replacement = self._deployment.specify(spec.pool, spec.shape.tp, spec.sm_clock_mhz)
+        except NoRoomError as error:
+            log.warning("pool %s: no replacement of %s: %s", spec.pool, spec.id, error)
+            self._replace_later(spec)
+        else:
+            await self._start(replacement)
 
     async def _scrape(self) -> None:
         """Ask every engine in turn, spread over the period so that no two are parsed back to back."""

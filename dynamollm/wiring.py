@@ -75,10 +75,10 @@ class Application:
 
 def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Application:
     """Put the application together; starts nothing. Raises ``UserError`` for a profile or a file it cannot use."""
-    deployment = Deployment(settings, load_profiles(settings))
+    driver = build_driver(settings)
+    deployment = Deployment(settings, load_profiles(settings), driver.lost_nodes)
     router = Router(router_limits(settings.limits))
     probe = HttpEngineProbe()
-    driver = build_driver(settings)
     agents = meter_addresses(driver)
     runner = Runner(deployment, driver, router, probe, clock, startup_s=settings.driver.startup_s)
     operations = Operations(deployment, driver, runner, clock)

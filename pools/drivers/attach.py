@@ -64,6 +64,10 @@ class AttachDriver:
         """See ``InstanceDriver``."""
         return tuple(self._instances[instance_id] for instance_id in sorted(self._instances))
 
+    def lost_nodes(self) -> frozenset[str]:
+        """None: whose nodes they are is not known here."""
+        return frozenset()
+
     async def set_sm_clock(self, instance_id: str, sm_clock_mhz: int) -> int:
         """Always ``DriverError``: whoever started the server owns its GPUs' clocks."""
         self._get(instance_id)

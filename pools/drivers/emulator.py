@@ -154,6 +154,10 @@ class EmulatorDriver:
             if instance_id in described
         )
 
+    def lost_nodes(self) -> frozenset[str]:
+        """None: an emulated node never fails."""
+        return frozenset()
+
     async def set_sm_clock(self, instance_id: str, sm_clock_mhz: int) -> int:
         """See ``InstanceDriver``; of a parked instance it sets the clock it will wake to."""
         answer = await self._change(instance_id, "clock", {"sm_clock_mhz": sm_clock_mhz})

@@ -35,6 +35,7 @@ class FakeDriver:
         self._manual_start = manual_start
         self._instances: dict[str, Instance] = {}
         self._clock_before_park_mhz: dict[str, int] = {}
+        self._lost: set[str] = set()
         self._broadcast = EventBroadcast()
 
     async def start(self, spec: InstanceSpec) -> Instance:
@@ -45,7 +46,7 @@ class FakeDriver:
             raise StartRefusedError(f"instance {spec.id}: model {spec.shape.model!r} is not one of {set(self._models)}")
         held = {gpu: other.id for other in self._instances.values() for gpu in other.gpus}
         for gpu in spec.gpus:
-            if gpu.index not in range(self._nodes.get(gpu.node, 0)):
+            if gpu.node in self._lost or gpu.index not in range(self._nodes.get(gpu.node, 0)):
                 raise UnknownGpuError(f"instance {spec.id}: there is no GPU {gpu.index} on node {gpu.node!r}")
             if gpu in held:
                 raise GpuBusyError(f"instance {spec.id}: GPU {gpu.index} of {gpu.node} is held by {held[gpu]}")
@@ -72,6 +73,16 @@ class FakeDriver:
         del self._instances[self._get(instance_id).id]
         self._broadcast.publish(InstanceEvent(instance_id, InstanceState.FAILED, reason))
 
+    def lose_node(self, node: str) -> None:
+        """A machine dies: its instances are FAILED, its GPUs cannot be had until ``regain_node``."""
+        self._lost.add(node)
+        for instance in [i for i in self._instances.values() if i.gpus[0].node == node]:
+            self.crash(instance.id, f"node {node} is lost")
+
+    def regain_node(self, node: str) -> None:
+        """The machine is back, empty."""
+        self._lost.discard(node)
+
     async def stop(self, instance_id: str, grace_s: float) -> None:
         """See ``InstanceDriver``; nothing runs here, so there is nothing to wait for."""
         if instance_id in self._instances:
@@ -82,6 +93,10 @@ class FakeDriver:
     async def list(self) -> tuple[Instance, ...]:
         """See ``InstanceDriver``."""
         return tuple(self._instances[instance_id] for instance_id in sorted(self._instances))
+
+    def lost_nodes(self) -> frozenset[str]:
+        """See ``InstanceDriver``."""
+        return frozenset(self._lost)
 
     async def set_sm_clock(self, instance_id: str, sm_clock_mhz: int) -> int:
         """See ``InstanceDriver``; of a parked instance it sets the clock it will wake to."""

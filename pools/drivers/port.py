@@ -84,7 +84,13 @@ class InstanceDriver(Protocol):
         """
 
     async def list(self) -> tuple[Instance, ...]:
-        """Every instance that holds GPUs, by id, in its present state and clock."""
+        """Every instance that holds GPUs, by id, in its present state and clock.
+
+        Of a driver whose engines outlive it, those that run since an earlier one are among them from the first call on.
+        """
+
+    def lost_nodes(self) -> frozenset[str]:
+        """Nodes whose GPUs cannot be had now: gone, cordoned, not there yet. As last seen; never waits."""
 
     async def set_sm_clock(self, instance_id: str, sm_clock_mhz: int) -> int:
         """Lock the SM clock of its GPUs; returns the clock in force (snapped to a supported one), in MHz.
@@ -102,4 +108,7 @@ class InstanceDriver(Protocol):
         """Every change of state from now on, in order; ends when the driver is closed. Any number may listen."""
 
     async def close(self) -> None:
-        """Stop every instance at once and end every process that was started."""
+        """Stop every instance at once and end every process that was started.
+
+        A driver whose engines outlive it by intent lets go of them instead, and says so where it is configured.
+        """

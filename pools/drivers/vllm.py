@@ -180,6 +180,10 @@ class VllmDriver:
         """See ``InstanceDriver``."""
         return tuple(self._running[instance_id].instance for instance_id in sorted(self._running))
 
+    def lost_nodes(self) -> frozenset[str]:
+        """None: there is this machine alone."""
+        return frozenset()
+
     async def set_sm_clock(self, instance_id: str, sm_clock_mhz: int) -> int:
         """See ``InstanceDriver``; of a parked instance it sets the clock it will wake to."""
         running = self._get(instance_id)

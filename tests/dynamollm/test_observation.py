@@ -140,3 +140,16 @@ def test_one_that_starts_says_when_it_should_be_ready():
     world.deployment.put(Instance(spec.id, "SS", spec.shape, "http://h:2", InstanceState.STARTING, 1980, spec.gpus))
     views = world.observer.observe(5.0).cluster.instances
     assert views.ready_at_s[views.ids.index(spec.id)] == 60.0
+
+
+def test_a_lost_node_is_not_open_to_plans():
+    lost: set[str] = set()
+    profiles = {MODEL: load_profile("llama-3.1-70b-fp8-h100")}
+    deployment = Deployment(load(None, {}), profiles, lambda: lost)
+    observer = Observer(deployment, Router(), 0.0)
+    assert observer.observe(5.0).cluster.node_usable.all()
+    lost.add("h100-2")
+    cluster = observer.observe(10.0).cluster
+    assert [name for name, usable in zip(cluster.node_names, cluster.node_usable, strict=True) if not usable] == [
+        "h100-2"
+    ]

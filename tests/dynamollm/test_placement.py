@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamollm.placement import NoRoomError, Placement
+from pools.instances import GpuSlot
 
 
 def test_an_instance_stands_aligned_inside_one_node():
@@ -40,6 +41,26 @@ def test_a_named_node_is_the_only_one_tried():
         placement.take(1, node="b")
     with pytest.raises(NoRoomError, match="none"):
         placement.take(1, node="nowhere")
+
+
+def test_nothing_is_placed_on_a_node_that_is_lost():
+    lost = {"a"}
+    placement = Placement({"a": 8, "b": 8}, lambda: lost)
+    assert placement.take(2)[0].node == "b"
+    with pytest.raises(NoRoomError, match="lost are a"):
+        placement.take(8)
+    with pytest.raises(NoRoomError):
+        placement.take(1, node="a")
+    lost.clear()
+    assert placement.take(8)[0].node == "a"
+
+
+def test_gpus_held_by_whoever_was_there_before_are_not_given_again():
+    placement = Placement({"a": 4})
+    placement.hold([GpuSlot("a", 0), GpuSlot("a", 1)])
+    assert [gpu.index for gpu in placement.take(2)] == [2, 3]
+    with pytest.raises(NoRoomError):
+        placement.take(1)
 
 
 @given(st.lists(st.sampled_from([1, 2, 4, 8, -1]), max_size=40), st.integers(1, 4))

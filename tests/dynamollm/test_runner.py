@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from dynamollm.adapters.configuration import load
-from dynamollm.deployment import Deployment
+from dynamollm.deployment import Deployment, node_gpus
 from dynamollm.runner import Runner, restart_delay_s
 from energy.adapters.catalogue import load_profile
 from pools.drivers.fake import FakeDriver
-from pools.drivers.port import DriverError
-from pools.instances import InstanceState
+from pools.drivers.port import DriverError, InstanceSpec
+from pools.instances import GpuSlot, InstanceShape, InstanceState
 from pools.view import ClusterView, EngineLoad
 from simulator.virtual_loop import run
 
@@ -54,9 +54,9 @@ class World:
 
     def __init__(self, **driver_options: bool) -> None:
         settings = load(None, {})
-        self.deployment = Deployment(settings, {"llama-3.1-70b": load_profile("llama-3.1-70b-fp8-h100")})
-        clocks = self.deployment.profiles["llama-3.1-70b"].sm_clocks_mhz
-        self.driver = FakeDriver(self.deployment.placement.nodes, clocks, **driver_options)
+        profile = load_profile("llama-3.1-70b-fp8-h100")
+        self.driver = FakeDriver(node_gpus(settings.nodes), profile.sm_clocks_mhz, **driver_options)
+        self.deployment = Deployment(settings, {"llama-3.1-70b": profile}, self.driver.lost_nodes)
         self.router = SeenRouter()
         self.probe = Probe()
         clock = asyncio.get_running_loop().time
@@ -166,3 +166,86 @@ def test_stopping_the_runner_stops_every_instance():
 
 def test_the_delay_doubles_up_to_a_minute():
     assert [restart_delay_s(n) for n in (1, 2, 3, 7, 50)] == [1.0, 2.0, 4.0, 60.0, 60.0]
+
+
+def left_running(instance_id: str, pool: str, first: int, tp: int, node: str = "h100-3") -> InstanceSpec:
+    gpus = tuple(GpuSlot(node, first + index) for index in range(tp))
+    return InstanceSpec(instance_id, pool, InstanceShape("llama-3.1-70b", "H100-SXM", tp), gpus, 1200)
+
+
+def in_world_with(left: list[InstanceSpec], scenario: Callable[[World], Awaitable[None]]) -> World:
+    """A world whose driver runs these when the runner begins."""
+
+    async def main() -> World:
+        world = World()
+        for spec in left:
+            await world.driver.start(spec)
+        running = asyncio.create_task(world.runner.run())
+        await scenario(world)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        return world
+
+    return run(main())
+
+
+def test_what_runs_already_is_taken_over_and_not_started_again():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        assert {"ll-1", "ss-1"} <= set(world.router.ready())
+        assert len(world.router.ready()) == 9
+        ll = world.deployment.instances["ll-1"]
+        assert (ll.gpus[0].node, ll.sm_clock_mhz) == ("h100-3", 1200)
+        held = [gpu for instance in world.deployment.instances.values() for gpu in instance.gpus]
+        assert len(held) == len(set(held))
+
+    in_world_with([left_running("ll-1", "LL", 0, 4), left_running("ss-1", "SS", 4, 2)], scenario)
+
+
+def test_an_adopted_instance_that_crashes_is_replaced_under_a_name_of_its_own():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        world.driver.crash("ll-1")
+        await asyncio.sleep(2)
+        assert [i.id for i in world.deployment.instances.values() if i.pool == "LL"] == ["ll-3"]
+
+    in_world_with([left_running("ll-1", "LL", 0, 4), left_running("ll-2", "SS", 4, 2)], scenario)
+
+
+def test_what_the_settings_no_longer_know_is_stopped():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        assert "old-1" not in {instance.id for instance in await world.driver.list()}
+        assert len(world.router.ready()) == 9
+
+    in_world_with([left_running("old-1", "OLD", 0, 8)], scenario)
+
+
+def test_what_a_lost_node_held_waits_for_room_without_disturbing_the_rest():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        lost = world.deployment.instances["ll-1"].gpus[0].node
+        world.driver.lose_node(lost)
+        await asyncio.sleep(120)
+        assert len(world.router.ready()) == 8  # no other node has eight GPUs free
+        world.driver.regain_node(lost)
+        await asyncio.sleep(61)
+        assert len(world.router.ready()) == 9
+        assert [i.gpus[0].node for i in world.deployment.instances.values() if i.pool == "LL"] == [lost]
+
+    in_world(scenario)
+
+
+def test_what_a_lost_node_held_comes_back_on_another_one():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        world.driver.crash("ll-1")  # makes room
+        world.deployment.placement.hold(tuple(GpuSlot("h100-0", index) for index in range(4)))
+        lost = world.deployment.instances["ss-1"].gpus[0].node
+        world.driver.lose_node(lost)
+        await asyncio.sleep(3)
+        (again,) = (i for i in world.deployment.instances.values() if i.pool == "SS")
+        assert again.gpus[0].node != lost
+
+    in_world(scenario)
