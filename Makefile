@@ -24,7 +24,7 @@ serve: $(STAMP)  ## Serve the OpenAI-compatible endpoint over an emulated cluste
 	@exec $(BIN)/dynamollm serve $(ARGS)
 
 test: $(STAMP)  ## Run the tests (ARGS="-k router")
-	@command -v redis-server valkey-server >/dev/null \
+	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null \
 	  || echo "no redis-server or valkey-server here: the tests against a real one are skipped" >&2
 	$(BIN)/python -m pytest $(ARGS)
 

@@ -5,7 +5,7 @@ router its immutable ClusterView and the gateway its directory of models and add
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,20 +20,14 @@ from pools.instances import Instance, InstanceShape, InstanceState
 from pools.view import ClusterView, EngineLimits, InstanceView, PoolView
 from proxy.services import Address, ServedModel
 
+Shares = Mapping[tuple[str, RequestClass], tuple[tuple[str, float], ...]]
+
 GONE = frozenset({InstanceState.STOPPED, InstanceState.FAILED})
 
 
 def node_gpus(nodes: tuple[NodeSettings, ...]) -> dict[str, int]:
-    """GPUs by node name; a kind of node with a count gets one name a machine: ``h100-0``, ``h100-1``."""
-    return {name: node.gpus for node in nodes for name in node_names(node)}
-
-
-def node_names(node: NodeSettings) -> Iterator[str]:
-    """Names of the machines of one kind of node."""
-    if node.count == 1:
-        yield node.name
-    else:
-        yield from (f"{node.name}-{index}" for index in range(node.count))
+    """GPUs by the name of each machine."""
+    return {name: node.gpus for node in nodes for name in node.names()}
 
 
 class Deployment:
@@ -52,7 +46,7 @@ class Deployment:
         self.placement = Placement(node_gpus(settings.nodes), lost_nodes)
         self.instances: dict[str, Instance] = {}
         self._pools = {pool.name: pool for pool in settings.pools}
-        self._gpu_of_node = {name: node.gpu for node in settings.nodes for name in node_names(node)}
+        self._gpu_of_node = {name: node.gpu for node in settings.nodes for name in node.names()}
         self._models = {
             model.name: ServedModel(model.name, max_model_len=model.max_model_len) for model in settings.models
         }
@@ -62,7 +56,7 @@ class Deployment:
         self._ready_at_s: dict[str, float] = {}
         self._ordered_mhz: dict[str, int] = {}
         self._views: dict[str, InstanceView] = {}
-        self._shares: dict[tuple[str, RequestClass], tuple[tuple[str, float], ...]] = {}
+        self.shares: Shares = {}  # how the plan spreads each (model, class) over pools
         self._version = 0
 
     # --- specifications --------------------------------------------------------------------------------------------
@@ -118,6 +112,14 @@ class Deployment:
         self.placement.hold(instance.gpus)
         self.put(instance)
         return ""
+
+    def follow(self, instances: Iterable[Instance], shares: Shares) -> None:
+        """Be as somebody else's deployment is: its instances and shares stand for all that was here."""
+        self.instances = {instance.id: instance for instance in instances}
+        self._addresses = {instance.id: Address.of_url(instance.url) for instance in self.instances.values()}
+        self._views = {name: view for name, view in self._views.items() if name in self.instances}
+        self.shares = dict(shares)
+        self._version += 1
 
     def expect_ready(self, instance_id: str, at_s: float) -> None:
         """Note when an instance that is starting should be READY."""
@@ -177,7 +179,7 @@ class Deployment:
                 spread = tuple((name, float(part)) for name, part in zip(pools, row, strict=True) if part > 0.0)
                 if spread:
                     shares[model, request_class] = spread
-        self._shares = shares
+        self.shares = shares
         self._version += 1
 
     # --- views -----------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ class Deployment:
             as_of_s=now_s,
             pools=tuple(PoolView(p.name, p.model, RequestClass[p.request_class]) for p in self.settings.pools),
             instances=tuple(self._instance_view(instance) for instance in self.instances.values()),
-            shares=self._shares,
+            shares=self.shares,
         )
 
     def _instance_view(self, instance: Instance) -> InstanceView:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from dynamollm.deployment import Deployment, node_names
+from dynamollm.deployment import Deployment
 from energy.accounting import MeteredInstance, Use
 from energy.accounting_ledger import EnergyLedger
 from energy.accounting_meter import MeterReader, Slot
@@ -90,7 +90,7 @@ class HeldGpus:
         self._unheld = {
             (name, index): MeteredInstance(name, "", "", node.gpu, node.gpus, Use.IDLE, 0.0)
             for node in deployment.settings.nodes
-            for name in node_names(node)
+            for name in node.names()
             for index in range(node.gpus)
         }
 

@@ -5,6 +5,7 @@ an unknown key, a wrong type or a wrong unit is refused at start (``dynamollm/va
 contradicts itself (``check`` below). Reads nothing: files and environment are ``dynamollm/adapters/configuration.py``.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -51,6 +52,13 @@ class NodeSettings:
     gpu: Name = "H100-SXM"
     gpus: Annotated[int, Field(ge=1, le=16)] = 8
     count: Annotated[int, Field(ge=1, le=100_000)] = 1
+
+    def names(self) -> Iterator[str]:
+        """Of each machine: the name itself, or, with a count, ``h100-0``, ``h100-1``."""
+        if self.count == 1:
+            yield self.name
+        else:
+            yield from (f"{self.name}-{index}" for index in range(self.count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ class DriverSettings:
     kind: Literal["emulator", "vllm", "vllm-emulated", "attach"] = "emulator"
     startup_s: Annotated[float, Field(ge=0, le=3600)] = 2.0  # emulator: time an instance takes to load its weights
     processes: Annotated[int, Field(ge=1, le=64)] = 1  # emulator: processes that share the instances
+    emulators: dict[str, str] = field(default_factory=dict)  # emulator: node -> control URL of one that runs already
     urls: dict[str, tuple[str, ...]] = field(default_factory=dict)  # attach: pool name -> base URLs
     vllm: VllmSettings = field(default_factory=VllmSettings)
     seed: int = 0
@@ -267,10 +276,23 @@ def _check_driver(settings: Settings) -> list[str]:
         case "vllm" | "vllm-emulated":
             problems = _check_vllm(settings)
         case _:
-            problems = []
+            problems = _check_emulators(settings)
     if settings.driver.urls:
         problems.append("driver.urls: only the attach driver takes URLs")
     return problems
+
+
+def _check_emulators(settings: Settings) -> list[str]:
+    """Either the driver runs all emulators itself, or none."""
+    emulators = settings.driver.emulators
+    nodes = [name for node in settings.nodes for name in node.names()] if emulators else []
+    problems = [f"driver.emulators.{name}: no such node" for name in emulators if name not in nodes]
+    problems += [f"driver.emulators: node {name} has none" for name in nodes if name not in emulators]
+    return problems + [
+        f"driver.emulators.{name}: must begin with http://; found {url!r}"
+        for name, url in emulators.items()
+        if not url.startswith("http://")
+    ]
 
 
 def _check_vllm(settings: Settings) -> list[str]:

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from dynamollm.deployment import node_gpus, node_names
+from dynamollm.deployment import node_gpus
 from dynamollm.errors import UserError
 from dynamollm.settings import Settings
 from energy.adapters.agent_client import AgentClient
@@ -37,7 +37,7 @@ def build_vllm_driver(settings: Settings) -> VllmDriver:
 def build_emulated_device_driver(settings: Settings) -> VllmDriver:
     """Engines on CPU, whose devices are as the profile says. Raises ``UserError`` for what cannot be emulated."""
     vllm = settings.driver.vllm
-    kinds = {name: node.gpu for node in settings.nodes for name in node_names(node)}
+    kinds = {name: node.gpu for node in settings.nodes for name in node.names()}
     if unknown := sorted(set(kinds.values()) - set(GPUS)):
         raise UserError(f"nodes: no figures of GPU {unknown[0]!r}; known: {', '.join(GPUS)}")
     folder = Path(tempfile.mkdtemp(prefix="dynamollm-boards-"))

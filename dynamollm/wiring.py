@@ -12,7 +12,7 @@ from dynamollm.adapters.engine_probe import HttpEngineProbe
 from dynamollm.adapters.redis_store import RedisStore
 from dynamollm.adapters.sqlite_store import SqliteStore
 from dynamollm.control_loop import AsyncController, ControlLoop, StaticController
-from dynamollm.deployment import Deployment, node_names
+from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
 from dynamollm.learning import GatewayLengths, GatewayTokens
 from dynamollm.metering import HeldGpus, Metering
@@ -247,7 +247,7 @@ def build_driver(settings: Settings) -> InstanceDriver:
             return build_vllm_driver(settings)
         case "vllm-emulated":
             return build_emulated_device_driver(settings)
-    kinds = [(name, node) for node in settings.nodes for name in node_names(node)]
+    kinds = [(name, node) for node in settings.nodes for name in node.names()]
     return EmulatorDriver(
         [EmulatedMachine(name, node.gpu, node.gpus) for name, node in kinds],
         {
@@ -257,6 +257,7 @@ def build_driver(settings: Settings) -> InstanceDriver:
         processes=driver.processes,
         startup_s=driver.startup_s,
         seed=driver.seed,
+        emulators=driver.emulators,
     )
 
 

@@ -28,6 +28,13 @@ def place(instances: int, tp: int) -> list[tuple[str, tuple[int, ...]]]:
 
 @click.command()
 @click.option("--instances", default=1, show_default=True, type=click.IntRange(1, 512), help="How many servers.")
+@click.option(
+    "--node",
+    "nodes",
+    multiple=True,
+    metavar="NAME=COUNTxGPU",
+    help="A machine for a controller to fill (its driver.emulators), as h100-0=8xH100-SXM; then no server is started.",
+)
 @click.option("--tp", default="2", show_default=True, type=click.Choice(["1", "2", "4", "8"]), help="GPUs of each.")
 @click.option("--profile", default="llama-3.1-70b-fp8-h100", show_default=True, help="Energy profile: name or file.")
 @click.option("--model", help="Served model name.  [default: the profile's]")
@@ -50,6 +57,7 @@ def place(instances: int, tp: int) -> list[tuple[str, tuple[int, ...]]]:
 @click.option("--seed", default=0, show_default=True, help="Seed of texts and lengths.")
 def command(
     instances: int,
+    nodes: tuple[str, ...],
     tp: str,
     profile: str,
     model: str | None,
@@ -70,6 +78,10 @@ def command(
     Each listens on a port of its own and answers as vLLM does, at the pace of the profile. Their GPUs are emulated too:
     each node exports DCGM metrics and takes clocks under zeusd's paths.
     """
+    if nodes:
+        machines = [_machine(text) for text in nodes]
+        _run(ProcessOptions(machines, host, control_port, shutdown_timeout), [])
+        return
     gpus_each = int(tp)
     loaded = _profile(profile, gpus_each)
     requests = [
@@ -98,8 +110,23 @@ def command(
     options = ProcessOptions(
         [NodeOptions(name, loaded.gpu, GPUS_PER_NODE) for name in names], host, control_port, shutdown_timeout
     )
+    _run(options, requests)
+
+
+def _machine(text: str) -> NodeOptions:
+    name, _, rest = text.partition("=")
+    gpus, _, gpu = rest.partition("x")
+    if not (name and gpus.isdigit() and gpu):
+        raise UserError(f"--node: {text!r} is not NAME=COUNTxGPU, as h100-0=8xH100-SXM")
+    return NodeOptions(name, gpu, int(gpus))
+
+
+def _run(options: ProcessOptions, requests: list[InstanceRequest]) -> None:
+    host = options.host
     try:
         uvloop.run(_serve(options, requests))
+    except ProfileError as error:
+        raise UserError(f"--node: {error}") from None
     except RefusedError as error:
         raise UserError(str(error)) from None
     except OSError as error:
@@ -137,7 +164,8 @@ async def _serve(options: ProcessOptions, requests: list[InstanceRequest]) -> No
 
 def _show(process: EmulatorProcess, started: list[EmulatedInstance]) -> None:
     """Plain lines: addresses are there to be copied, and to be read by scripts."""
-    click.echo(f"{len(started)} emulated instances of {started[0].options.model}, Ctrl-C ends them")
+    of = f" of {started[0].options.model}" if started else ""
+    click.echo(f"{len(started)} emulated instances{of}, Ctrl-C ends them")
     for instance in started:
         gpus = ",".join(map(str, instance.options.gpus))
         where = f"{instance.options.node} GPUs {gpus} at {instance.sm_clock_mhz} MHz"

@@ -2,8 +2,11 @@
 
 The nodes are shared out over a few processes (one instance more is one HTTP call, not one process more), each started
 when the first instance on one of its nodes is. A process ends when its standard input closes; the driver holds the
-other end, so none outlives it, even if it is killed. Knows of the emulator its command line and its control endpoint
-(``simulator/emulator/adapters/control.py``), and imports nothing of it.
+other end, so none outlives it, even if it is killed. Emulators that somebody else runs (``emulators``) are attached to
+instead: they and their instances outlive the driver, and the next one to attach takes the instances over.
+
+Knows of the emulator its command line and its control endpoint (``simulator/emulator/adapters/control.py``), and
+imports nothing of it.
 """
 
 import asyncio
@@ -11,9 +14,9 @@ import contextlib
 import json
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -27,7 +30,7 @@ from pools.drivers.port import (
     UnknownGpuError,
     UnknownInstanceError,
 )
-from pools.instances import Instance, InstanceState
+from pools.instances import GpuSlot, Instance, InstanceShape, InstanceState
 
 SPAWN_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 30.0
@@ -62,6 +65,19 @@ class EmulatedModel:
     max_num_queued_reqs: int | None = None
 
 
+class SpawnedEmulator(Protocol):
+    """An emulator that runs, wherever it does."""
+
+    control_url: str
+    agent_urls: dict[str, str]  # of each node's GPU agent, by node name
+
+    async def end(self) -> int:
+        """End it, if it has not ended; its exit status."""
+
+
+Spawn = Callable[[Sequence[EmulatedMachine]], Awaitable[SpawnedEmulator]]
+
+
 class EmulatorDriver:
     """See ``InstanceDriver``. Use it within one event loop; ``close`` it."""
 
@@ -74,8 +90,14 @@ class EmulatorDriver:
         startup_s: float = 2.0,
         wake_s: float = 1.0,
         seed: int = 0,
+        spawn: Spawn | None = None,
+        emulators: Mapping[str, str] | None = None,
     ) -> None:
-        """``models``: by served name. Instances take ``startup_s`` to load and ``wake_s`` to wake."""
+        """``models``: by served name. Instances take ``startup_s`` to load and ``wake_s`` to wake.
+
+        ``spawn`` runs the emulator of some machines; None: in a process of its own. ``emulators``: control URL by node
+        name, of emulators that somebody else runs; all machines are then on them.
+        """
         self._machines = {machine.name: machine for machine in machines}
         self._models = dict(models)
         self._startup = {"startup_s": startup_s, "wake_s": wake_s, "seed": seed}
@@ -83,8 +105,17 @@ class EmulatorDriver:
         self._specs: dict[str, InstanceSpec] = {}
         self._states: dict[str, InstanceState] = {}  # last one told
         every = list(self._machines.values())
-        shares = [every[number::processes] for number in range(processes)]
-        self._processes = [_EmulatorProcess(share, self._on_event, self._on_exit) for share in shares if share]
+        if emulators:
+            shares = [[m for m in every if emulators[m.name] == url] for url in dict.fromkeys(emulators.values())]
+            spawns = [attach_to(url) for url in dict.fromkeys(emulators.values())]
+        else:
+            shares = [every[number::processes] for number in range(processes)]
+            spawns = [spawn or spawn_process] * processes
+        self._processes = [
+            _EmulatorProcess(share, self._on_event, self._on_exit, one, outlives=bool(emulators))
+            for share, one in zip(shares, spawns, strict=True)
+            if share
+        ]
         self._process_of = {machine.name: process for process in self._processes for machine in process.machines}
 
     async def agent_urls(self) -> dict[str, str]:
@@ -126,6 +157,7 @@ class EmulatorDriver:
             "tp": spec.shape.tp,
             "node": spec.gpus[0].node,
             "gpus": [gpu.index for gpu in spec.gpus],
+            "pool": spec.pool,
             "sm_clock_mhz": spec.sm_clock_mhz,
             **self._startup,
             **{name: value for name, value in limits.items() if value is not None},
@@ -144,10 +176,12 @@ class EmulatorDriver:
         self._on_event(InstanceEvent(instance_id, InstanceState.STOPPED))
 
     async def list(self) -> tuple[Instance, ...]:
-        """See ``InstanceDriver``."""
-        running = [process for process in self._processes if process.running]
-        answers: Sequence[Any] = await asyncio.gather(*(process.call("GET", "/instances") for process in running))
-        described = {item["id"]: item for answer in answers for item in answer}
+        """See ``InstanceDriver``; what runs on attached emulators is taken over."""
+        outliving = [process for process in self._processes if process.outlives]
+        await asyncio.gather(*(process.ensure_running() for process in outliving))
+        for item in await self._described(outliving):
+            self._take_over(item)
+        described = {item["id"]: item for item in await self._described(self._processes)}  # as it is since then
         return tuple(
             self._instance(spec, described[instance_id])
             for instance_id, spec in sorted(self._specs.items())
@@ -157,6 +191,24 @@ class EmulatorDriver:
     def lost_nodes(self) -> frozenset[str]:
         """None: an emulated node never fails."""
         return frozenset()
+
+    async def _described(self, processes: Sequence["_EmulatorProcess"]) -> Sequence[Any]:
+        running = [process for process in processes if process.running]
+        answers: Sequence[Any] = await asyncio.gather(*(process.call("GET", "/instances") for process in running))
+        return [item for answer in answers for item in answer]
+
+    def _take_over(self, described: Mapping[str, Any]) -> None:
+        options = described["options"]
+        machine = self._machines.get(options["node"])
+        if described["id"] in self._specs or machine is None:
+            return
+        self._specs[described["id"]] = InstanceSpec(
+            described["id"],
+            options["pool"],
+            InstanceShape(options["model"], machine.gpu, options["tp"]),
+            tuple(GpuSlot(machine.name, index) for index in options["gpus"]),
+            described["sm_clock_mhz"],
+        )
 
     async def set_sm_clock(self, instance_id: str, sm_clock_mhz: int) -> int:
         """See ``InstanceDriver``; of a parked instance it sets the clock it will wake to."""
@@ -187,8 +239,9 @@ class EmulatorDriver:
 
     async def close(self) -> None:
         """See ``InstanceDriver``."""
-        for instance_id in tuple(self._specs):
-            self._on_event(InstanceEvent(instance_id, InstanceState.STOPPED))
+        for instance_id, spec in tuple(self._specs.items()):
+            if not self._process(spec).outlives:
+                self._on_event(InstanceEvent(instance_id, InstanceState.STOPPED))
         await asyncio.gather(*(process.close() for process in self._processes))
         self._broadcast.close()
 
@@ -236,12 +289,16 @@ class _EmulatorProcess:
         machines: Sequence[EmulatedMachine],
         on_event: Callable[[InstanceEvent], None],
         on_exit: Callable[["_EmulatorProcess", str], None],
+        spawn: Spawn,
+        outlives: bool,
     ) -> None:
         self.machines = tuple(machines)
+        self.outlives = outlives
         self.agent_urls: dict[str, str] = {}
+        self._spawn_emulator = spawn
         self._on_event = on_event
         self._on_exit = on_exit
-        self._process: Process | None = None
+        self._process: SpawnedEmulator | None = None
         self._client: httpx.AsyncClient | None = None
         self._watching: asyncio.Task[None] | None = None
         self._spawning = asyncio.Lock()
@@ -274,31 +331,21 @@ class _EmulatorProcess:
             return self._client
 
     async def _spawn(self) -> httpx.AsyncClient:
-        nodes = [f"--node={m.name}={m.gpus}x{m.gpu}" for m in self.machines]
-        command = [sys.executable, "-m", "simulator.emulator", "--watch-stdin", *nodes]
-        # a session of its own: Ctrl-C reaches the gateway alone, which drains before it closes this pipe
-        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True)
-        assert process.stdout is not None
         try:
-            async with asyncio.timeout(SPAWN_TIMEOUT_S):
-                line = await process.stdout.readline()
-            told = json.loads(line)
-        except (TimeoutError, json.JSONDecodeError):
-            await _end(process)
-            raise DriverError(
-                f"the emulator of {self._names()} did not start; `{' '.join(command)}` says why on its standard error"
-            ) from None
-        self.agent_urls = told["agent_urls"]
+            process = await self._spawn_emulator(self.machines)
+        except ValueError as error:
+            raise DriverError(f"the emulator of {self._names()} cannot be used: {error}") from None
+        self.agent_urls = process.agent_urls
         self._process = process
         # a connection a call: the emulator closes idle ones whenever it likes, as vLLM does
         limits = httpx.Limits(max_keepalive_connections=0)
-        client = httpx.AsyncClient(base_url=told["control_url"], limits=limits, trust_env=False)
+        client = httpx.AsyncClient(base_url=process.control_url, limits=limits, trust_env=False)
         listening = asyncio.Event()
         self._watching = asyncio.get_running_loop().create_task(self._watch(process, client, listening))
         await listening.wait()
         return client
 
-    async def _watch(self, process: Process, client: httpx.AsyncClient, listening: asyncio.Event) -> None:
+    async def _watch(self, process: SpawnedEmulator, client: httpx.AsyncClient, listening: asyncio.Event) -> None:
         """Pass events on until the process ends."""
         try:
             async with client.stream("GET", "/events", timeout=None) as answer:
@@ -310,7 +357,7 @@ class _EmulatorProcess:
             pass  # it has died; its exit status says how
         finally:
             listening.set()
-        status = await _end(process)
+        status = await process.end()
         self._client = self._process = None
         self.agent_urls = {}
         await client.aclose()
@@ -321,16 +368,83 @@ class _EmulatorProcess:
         """End the process."""
         self._closed = True
         if self._process is not None:
-            await _end(self._process)
+            await self._process.end()
         if self._watching is not None:
-            await self._watching
+            if self.outlives:
+                self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._client is not None:
+            await self._client.aclose()
 
     def _names(self) -> str:
         return ", ".join(machine.name for machine in self.machines)
 
 
+class _Process:
+    """An emulator in a process of its own."""
+
+    def __init__(self, process: Process, told: Mapping[str, Any]) -> None:
+        self.control_url: str = told["control_url"]
+        self.agent_urls: dict[str, str] = told["agent_urls"]
+        self.pid = process.pid
+        self._process = process
+
+    async def end(self) -> int:
+        """Close its standard input, which ends it; kill it if it does not listen. Returns its exit status."""
+        return await _end(self._process)
+
+
+class _Attached:
+    """An emulator that somebody else runs."""
+
+    def __init__(self, control_url: str, agent_urls: dict[str, str]) -> None:
+        self.control_url = control_url
+        self.agent_urls = agent_urls
+
+    async def end(self) -> int:
+        """Nothing: it goes on."""
+        return 0
+
+
+def attach_to(control_url: str) -> Spawn:
+    """What attaches to the emulator at a URL. Raises ``ValueError`` if it does not answer there."""
+
+    async def attach(machines: Sequence[EmulatedMachine]) -> SpawnedEmulator:
+        try:
+            async with httpx.AsyncClient(timeout=CALL_TIMEOUT_S, trust_env=False) as client:
+                nodes = (await client.get(f"{control_url}/nodes")).json()
+        except httpx.HTTPError as error:
+            raise ValueError(f"{control_url} does not answer: {error!r}") from None
+        agent_urls = {node["name"]: node["agent_url"] for node in nodes}
+        missing = [machine.name for machine in machines if machine.name not in agent_urls]
+        if missing:
+            raise ValueError(f"{control_url} emulates {', '.join(agent_urls)}, not {', '.join(missing)}")
+        return _Attached(control_url, {machine.name: agent_urls[machine.name] for machine in machines})
+
+    return attach
+
+
+async def spawn_process(machines: Sequence[EmulatedMachine]) -> SpawnedEmulator:
+    """Run the emulator in a process. Raises ``ValueError`` where it does not say where it is."""
+    command = _command(machines)
+    # a session of its own: Ctrl-C reaches the gateway alone, which drains before it closes this pipe
+    process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(SPAWN_TIMEOUT_S):
+            line = await process.stdout.readline()
+        return _Process(process, json.loads(line))
+    except (TimeoutError, ValueError):
+        await _end(process)
+        raise ValueError(f"it did not start; `{' '.join(command)}` says why on its standard error") from None
+
+
+def _command(machines: Sequence[EmulatedMachine]) -> list[str]:
+    nodes = [f"--node={m.name}={m.gpus}x{m.gpu}" for m in machines]
+    return [sys.executable, "-m", "simulator.emulator", "--watch-stdin", *nodes]
+
+
 async def _end(process: Process) -> int:
-    """Close its standard input, which ends it; kill it if it does not listen. Returns its exit status."""
     assert process.stdin is not None
     process.stdin.close()
     try:

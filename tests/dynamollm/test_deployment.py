@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from dynamollm.adapters.configuration import load
@@ -113,3 +114,22 @@ def test_what_did_not_change_is_the_same_object_in_the_next_view(deployment):
     after = deployment.routing_view(1.0).instances
     assert after[0] is before[0]
     assert after[1] is not before[1]
+
+
+def test_it_follows_another_deployment_as_that_is_now(profile):
+    leader, follower = (Deployment(load(None, {}), {"llama-3.1-70b": profile}) for _ in range(2))
+    for spec in leader.configured():
+        leader.put(started(spec))
+    share = np.zeros((9, len(leader.settings.pools)))
+    share[:, -1] = 1.0
+    leader.set_shares([pool.name for pool in leader.settings.pools], share)
+    follower.follow(leader.instances.values(), leader.shares)
+    before, view = leader.routing_view(5.0), follower.routing_view(5.0)
+    assert (view.instances, view.shares) == (before.instances, before.shares)
+    assert follower.address("ll-1") is not None
+    leader.change(InstanceEvent("ll-1", InstanceState.STOPPED))
+    follower.follow(leader.instances.values(), {})
+    after = follower.routing_view(6.0)
+    assert after.version > view.version
+    assert "ll-1" not in {v.instance.id for v in after.instances}
+    assert (follower.address("ll-1"), after.shares) == (None, {})

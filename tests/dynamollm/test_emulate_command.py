@@ -69,9 +69,22 @@ def test_on_sigterm_running_streams_finish_within_the_timeout():
         assert process.wait(10) == 0
 
 
+def test_empty_nodes_wait_for_a_controller():
+    with emulate("--node", "a=8xH100-SXM", "--node", "b=4xH100-SXM") as process:
+        said = read_until(process, "control")
+        assert "0 emulated instances" in said
+        control = re.search(r"control\s+(http://\S+)", said)[1]
+        nodes = httpx.get(f"{control}/nodes").json()
+        assert [(node["name"], node["gpus"]) for node in nodes] == [("a", 8), ("b", 4)]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--node", "a"], "--node: 'a' is not NAME=COUNTxGPU"),
+        (["--node", "a=8xWhatever"], "--node: "),
         (["--profile", "no-such"], "--profile: no profile 'no-such'"),
         (["--profile", "llama-3.1-70b-fp8-h100", "--tp", "1"], "--tp: profile llama-3.1-70b-fp8-h100 holds for TP"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1"),

@@ -39,6 +39,7 @@ class InstanceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tp: int
     node: str
     gpus: tuple[int, ...]
+    pool: str = ""  # whose it is; told to whoever takes it over
     sm_clock_mhz: int | None = None  # None: leave the clocks as they are
     host: str = "127.0.0.1"
     port: int = 0

@@ -1,6 +1,7 @@
 """What only a driver with processes can do wrong: leave them behind, miss their death, lose a request."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -228,3 +229,71 @@ def test_every_node_has_an_agent():
             assert [line.rsplit(" ", 1)[1] for line in clocks] == ["1200", "1200"] + ["1980"] * 6
 
     play(scenario, processes=2)
+
+
+# --- emulators that somebody else runs -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def emulators():
+    """A process with both nodes, and where to find each."""
+    command = [sys.executable, "-m", "simulator.emulator", "--watch-stdin"]
+    command += ["--node=node-0=8xH100-SXM", "--node=node-1=8xH100-SXM"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    url = json.loads(process.stdout.readline())["control_url"]
+    yield {"node-0": url, "node-1": url}
+    process.stdin.close()
+    process.wait(WITHIN_S)
+    process.stdout.close()
+
+
+def test_what_runs_on_attached_emulators_outlives_the_driver_and_is_taken_over(emulators):
+    async def first(driver):
+        await start_ready(driver, spec())
+        assert await driver.set_sm_clock("i-0", 1200) == 1200
+
+    async def second(driver):
+        events = driver.events()
+        (taken,) = await driver.list()
+        assert (taken.id, taken.pool, taken.state, taken.sm_clock_mhz) == ("i-0", "ss", InstanceState.READY, 1200)
+        assert taken.gpus == spec().gpus
+        async with httpx.AsyncClient(base_url=taken.url) as client:
+            answer = await client.post("/v1/chat/completions", json=chat(3))
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        assert await driver.set_sm_clock("i-0", 1500) == 1500
+        with pytest.raises(DriverError, match="runs already"):
+            await driver.start(spec())
+        await start_ready(driver, spec("i-1", first=2))
+        await driver.inject("i-0", {"crash": True})
+        await until(events, "i-0", InstanceState.FAILED)
+
+    async def third(driver):
+        assert [instance.id for instance in await driver.list()] == ["i-1"]
+        await driver.stop("i-1", grace_s=0.0)
+        assert await driver.list() == ()
+
+    for scenario in (first, second, third):
+        play(scenario, emulators=emulators)
+
+
+def test_the_agents_of_attached_emulators_are_known(emulators):
+    async def scenario(driver):
+        urls = await driver.agent_urls()
+        assert urls.keys() == {"node-0", "node-1"}
+        async with httpx.AsyncClient() as client:
+            assert "DCGM_FI_DEV_SM_CLOCK" in (await client.get(f"{urls['node-1']}/metrics")).text
+
+    play(scenario, emulators=emulators)
+
+
+def test_an_emulator_that_is_not_there_or_lacks_a_node_is_named(emulators):
+    async def not_there(driver):
+        with pytest.raises(DriverError, match=r"http://127.0.0.1:9 does not answer"):
+            await driver.list()
+
+    async def lacks(driver):
+        with pytest.raises(DriverError, match="emulates node-0, node-1, not node-2"):
+            await driver.list()
+
+    play(not_there, emulators=dict.fromkeys(emulators, "http://127.0.0.1:9"))
+    asyncio.run(lacks(EmulatorDriver([EmulatedMachine("node-2")], {}, emulators={"node-2": emulators["node-0"]})))
