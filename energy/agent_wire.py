@@ -130,9 +130,10 @@ def error_of_answer(address: str, status: int, body: bytes) -> GpuError:
         told = {"error": body.decode(errors="replace")[:200]}
     message = f"agent {address}: {told.get('error') or HTTPStatus(status).phrase}"
     if told.get("kind") == "clock-dwell":
-        return ClockDwellError(message, float(told.get("retry_after_s", 1.0)))
+        retry_after_s = told.get("retry_after_s")
+        return ClockDwellError(message, float(retry_after_s) if isinstance(retry_after_s, int | float) else 1.0)
     kinds = {kind: error for kind, error, _ in _KINDS}
-    if (kind := kinds.get(told.get("kind", ""))) is not None:
+    if (kind := kinds.get(str(told.get("kind")))) is not None:
         return kind(message)
     if status == HTTPStatus.FORBIDDEN:
         return GpuPermissionError(message)
