@@ -71,7 +71,7 @@ def describe_cluster(application: Application) -> Json:
         "policy": application.settings.controller.policy,
         "pools": [{"name": p.name, "model": p.model, "class": p.request_class} for p in deployment.settings.pools],
         "instances": instances,
-        "gpus": sum(placement.nodes.values()),
+        "gpus": deployment.gpus,
         "gpus_free": sum(placement.free_gpus(node) for node in placement.nodes),
         "queued": router.queue.depth,
         "metered_j": application.ledger.metered_j,

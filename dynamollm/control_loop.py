@@ -7,16 +7,18 @@ the cluster stays as it is and the gateway serves on.
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from proxy.metrics import Histogram
 from solver.control import Action, Diagnostic, Effects, Level, Observation, Tick
 
 log = logging.getLogger("dynamollm.control")
 
 KEPT_DECISIONS = 200
+TICK_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 RESTART_S = 1.0
 
 
@@ -78,6 +80,9 @@ class ControlLoop:
         """``warm_up_s``: how long to watch the traffic before the first decision."""
         self.decisions: deque[TickRecord] = deque(maxlen=KEPT_DECISIONS)
         self.ticks = 0
+        self.tick_s = Histogram("dynamollm_control_tick_seconds", "Observation to answer", (), TICK_BUCKETS_S)
+        self.topics: Counter[str] = Counter()  # of what was explained
+        self.plan_numbers: dict[str, float] = {}  # as last explained
         self.observation: Observation | None = None  # the last one
         self._controller = controller
         self._observe = observe
@@ -102,9 +107,16 @@ class ControlLoop:
             now_s = self._clock()
             self.observation = self._observe(now_s)
             effects = await self._controller.on_tick(tick, self.observation)
-            self.ticks += 1
-            if effects.actions or effects.diagnostics:
-                took_s = self._clock() - now_s
-                self.decisions.append(TickRecord(now_s, took_s, effects.actions, effects.diagnostics))
+            self._note(TickRecord(now_s, self._clock() - now_s, effects.actions, effects.diagnostics))
             self._apply(effects.actions)
             tick = effects.next_tick
+
+    def _note(self, record: TickRecord) -> None:
+        self.ticks += 1
+        self.tick_s.observe((), record.took_s)
+        for diagnostic in record.diagnostics:
+            self.topics[diagnostic.topic] += 1
+            if diagnostic.topic == "plan":
+                self.plan_numbers |= diagnostic.numbers
+        if record.actions or record.diagnostics:
+            self.decisions.append(record)

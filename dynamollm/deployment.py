@@ -182,6 +182,11 @@ class Deployment:
         self.shares = shares
         self._version += 1
 
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes, held and free."""
+        return sum(self.placement.nodes.values())
+
     # --- views -----------------------------------------------------------------------------------------------------
 
     def routing_view(self, now_s: float) -> ClusterView:

@@ -80,7 +80,7 @@ class Operations:
         self._driver = driver
         self._cluster = cluster
         self._clock = clock
-        self._newest = (0, 0)
+        self.newest = (0, 0)  # (epoch, version) of the newest plan seen
         self._last_of: dict[str, asyncio.Task[None]] = {}
         self._running: set[asyncio.Task[None]] = set()
 
@@ -88,10 +88,10 @@ class Operations:
         """Begin to carry out actions; returns at once."""
         for action in actions:
             now_s = self._clock()
-            if action.plan < self._newest:
-                self._record(action, Outcome.STALE, now_s, f"plan {action.plan}, newest seen {self._newest}")
+            if action.plan < self.newest:
+                self._record(action, Outcome.STALE, now_s, f"plan {action.plan}, newest seen {self.newest}")
                 continue
-            self._newest = action.plan
+            self.newest = action.plan
             touched = _instances_of(action)
             before = [self._last_of[i] for i in touched if i in self._last_of]
             task = asyncio.create_task(self._carry_out(action, before, now_s))
@@ -121,8 +121,8 @@ class Operations:
             await asyncio.wait(before)
         try:
             await self._until(lambda: self._clock() >= action.not_before_s, action, "its turn")
-            if action.plan < self._newest and not isinstance(action, Escalate):
-                self._record(action, Outcome.STALE, began_s, f"overtaken by plan {self._newest}")
+            if action.plan < self.newest and not isinstance(action, Escalate):
+                self._record(action, Outcome.STALE, began_s, f"overtaken by plan {self.newest}")
                 return
             await self._retried(action)
         except _Abandoned as error:

@@ -11,6 +11,7 @@ from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.adapters.engine_probe import HttpEngineProbe
 from dynamollm.adapters.redis_store import RedisStore
 from dynamollm.adapters.sqlite_store import SqliteStore
+from dynamollm.cluster_metrics import ControlMetrics, FleetMetrics
 from dynamollm.control_loop import AsyncController, ControlLoop, StaticController
 from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
@@ -94,7 +95,13 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
         build_store(settings.store), {"tokens": estimator, "lengths": predictor, "ledger": ledger}
     )
     metrics = GatewayMetrics()
-    metrics.registry.register(LedgerMetrics(ledger))
+    control = ControlLoop(controller, observer.observe, operations.apply, clock, settings.controller.warm_up_s)
+    for collector in (
+        LedgerMetrics(ledger),
+        FleetMetrics(deployment, router.in_flight),
+        ControlMetrics(control, operations),
+    ):
+        metrics.registry.register(collector)
     return Application(
         settings=settings,
         deployment=deployment,
@@ -113,7 +120,7 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
         ),
         probe=probe,
         operations=operations,
-        control=ControlLoop(controller, observer.observe, operations.apply, clock, settings.controller.warm_up_s),
+        control=control,
         controller=controller,
         router=router,
         ledger=ledger,
