@@ -1,7 +1,7 @@
 """The operator's routes: the cluster as it is (``/admin/status``) and what was decided, and why (``/admin/decisions``).
 
 Values only, as JSON; `dynamollm status` and `dynamollm explain` print them. Times are seconds before now, for a reader
-elsewhere has another clock.
+elsewhere has another clock. ``/admin/gpus/metrics`` is Prometheus' text, for boards and load generators.
 """
 
 import math
@@ -14,6 +14,7 @@ from fastapi import APIRouter, Response
 from dynamollm.control_loop import TickRecord
 from dynamollm.operations import OperationRecord
 from dynamollm.wiring import Application
+from energy.dcgm import dcgm_text
 from solver.control import Action, Observation, Reshard, Route
 
 Json = dict[str, object]
@@ -44,6 +45,12 @@ def admin_routes(application: Application) -> APIRouter:
         """What requests, idle GPUs and transitions took since then; `dynamollm report` prints it."""
         window = application.ledger.window(since_s, application.clock())
         return Response(msgspec.json.encode(window), media_type="application/json")
+
+    @routes.get("/gpus/metrics")
+    async def gpus() -> Response:
+        """What every GPU read last, under DCGM's names: for boards, and for load generators that measure energy."""
+        metering = application.metering
+        return Response(dcgm_text(metering.readings() if metering else ()), media_type="text/plain; version=0.0.4")
 
     return routes
 

@@ -6,7 +6,8 @@ GPU belongs to, in the ledger's terms.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from dynamollm.deployment import Deployment
@@ -26,15 +27,32 @@ CHANGING = frozenset({InstanceState.STARTING, InstanceState.DRAINING})
 class GpuMeter(Protocol):
     """Reads GPUs, near or far."""
 
-    async def read(self) -> list[GpuReading]:
+    async def read(self) -> Sequence[GpuReading]:
         """What every GPU reads now, as far as it can be had."""
 
     async def close(self) -> None:
         """Let go of connections."""
 
 
+class DriverMeter:
+    """A driver's own view of its GPUs, whose connections are the driver's to close."""
+
+    def __init__(self, read: Callable[[], Awaitable[Sequence[GpuReading]]]) -> None:
+        self._read = read
+
+    async def read(self) -> Sequence[GpuReading]:
+        """See ``GpuMeter``. Raises ``OSError`` where nothing can be read."""
+        return await self._read()
+
+    async def close(self) -> None:
+        """Nothing of its own."""
+
+
 class Metering:
-    """``run`` it as a task. ``power_w`` is what each instance drew lately, for whoever watches."""
+    """``run`` it as a task.
+
+    ``power_w`` is what each instance drew lately, ``readings`` what every GPU read last, for whoever watches.
+    """
 
     def __init__(
         self,
@@ -49,6 +67,15 @@ class Metering:
         self._clock = clock
         self._reader = MeterReader()
         self._power_w: dict[str, float] = {}
+        self._readings: tuple[GpuReading, ...] = ()
+
+    def readings(self) -> tuple[GpuReading, ...]:
+        """The last reading of every GPU, with the instance that holds it."""
+        held = self._held()
+        return tuple(
+            replace(r, instance_id=owner.id if (owner := held.get((r.node, r.index))) and owner.pool else "")
+            for r in self._readings
+        )
 
     def power_w(self) -> Mapping[str, float]:
         """Mean power of each instance, all its GPUs, between the last two readings."""
@@ -70,6 +97,7 @@ class Metering:
         except OSError as error:
             log.warning("the GPUs cannot be read: %s", error)
             return
+        self._readings = tuple(readings)
         now_s = self._clock()
         power_w: dict[str, float] = {}
         for interval in self._reader.read(readings, self._held(), now_s):

@@ -16,7 +16,7 @@ from dynamollm.control_loop import AsyncController, ControlLoop, StaticControlle
 from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
 from dynamollm.learning import GatewayLengths, GatewayTokens
-from dynamollm.metering import HeldGpus, Metering
+from dynamollm.metering import DriverMeter, GpuMeter, HeldGpus, Metering
 from dynamollm.observation import Observer
 from dynamollm.operations import Operations
 from dynamollm.persistence import Persistence
@@ -27,7 +27,7 @@ from dynamollm.vllm_wiring import build_emulated_device_driver, build_vllm_drive
 from energy.accounting import GPU_HOUR_USD, Prices
 from energy.accounting_ledger import EnergyLedger
 from energy.accounting_metrics import LedgerMetrics
-from energy.adapters.agent_meter import Addresses, AgentMeter
+from energy.adapters.agent_meter import AgentMeter
 from energy.adapters.capacity_file import load_capacity
 from energy.adapters.carbon_file import read_hourly
 from energy.adapters.catalogue import load_profile
@@ -38,6 +38,7 @@ from pools.classes import ClassSlos, RequestClass
 from pools.drivers.attach import AttachDriver
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
 from pools.drivers.port import InstanceDriver
+from pools.drivers.vllm import VllmDriver
 from pools.lengths import RunningLengths, RunningLengthsLimits
 from pools.queue import QueueLimits
 from pools.router import Router, RouterLimits
@@ -80,13 +81,14 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
     deployment = Deployment(settings, load_profiles(settings), driver.lost_nodes)
     router = Router(router_limits(settings.limits))
     probe = HttpEngineProbe()
-    agents = meter_addresses(driver)
+    meter = build_meter(driver)
     runner = Runner(deployment, driver, router, probe, clock, startup_s=settings.driver.startup_s)
     operations = Operations(deployment, driver, runner, clock)
     ledger = build_ledger(settings.energy)
     accounts = GatewayAccounts(ledger)
-    metering = Metering(AgentMeter(agents), ledger, HeldGpus(deployment), clock) if agents else None
-    observer = Observer(deployment, router, clock(), metering.power_w if metering else dict)
+    metering = Metering(meter, ledger, HeldGpus(deployment), clock) if meter else None
+    power_w = metering.power_w if metering else dict
+    observer = Observer(deployment, router, clock(), power_w, lambda: runner.seen_start_s)
     controller = build_controller(settings)
     estimator = TokenEstimator(settings.slo.cuts)
     predictor = RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts))
@@ -268,15 +270,17 @@ def build_driver(settings: Settings) -> InstanceDriver:
     )
 
 
-def meter_addresses(driver: InstanceDriver) -> Addresses | None:
-    """Where the GPUs of a driver's nodes are read; None where nobody tells."""
+def build_meter(driver: InstanceDriver) -> GpuMeter | None:
+    """What reads the GPUs of a driver's nodes; None where nobody can."""
+    if isinstance(driver, VllmDriver):
+        return DriverMeter(driver.read_gpus) if driver.metered_nodes else None
     if not isinstance(driver, EmulatorDriver):
         return None
 
     async def addresses() -> Collection[str]:
         return (await driver.agent_urls()).values()
 
-    return addresses
+    return AgentMeter(addresses)
 
 
 def router_limits(limits: LimitSettings) -> RouterLimits:

@@ -10,10 +10,11 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from energy.gpu import GpuReading
 from pools.drivers.broadcast import EventBroadcast
 from pools.drivers.port import (
     DriverError,
@@ -224,6 +225,15 @@ class VllmDriver:
                 await self._lock(running, running.sm_clock_awake_mhz)  # first, for loading weights is work
             await running.server.wake()
             self._enter(running, InstanceState.READY)
+
+    @property
+    def metered_nodes(self) -> frozenset[str]:
+        """The nodes whose GPUs can be read."""
+        return self._clocks.nodes
+
+    async def read_gpus(self) -> Sequence[GpuReading]:
+        """What every GPU it reaches reads now. Raises ``OSError`` if none can be read."""
+        return await self._clocks.read()
 
     def events(self) -> AsyncIterator[InstanceEvent]:
         """See ``InstanceDriver``."""

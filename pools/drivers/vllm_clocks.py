@@ -1,4 +1,4 @@
-"""GpuClocks: an instance's SM clocks, set through whatever reaches its node's GPUs (an agent, or the GPUs themselves).
+"""GpuClocks: GPUs' SM clocks and readings, through whatever reaches their node (an agent, or the GPUs themselves).
 
 Locks set through an agent are leases; they are renewed here for as long as the event loop runs, so a controller that
 hangs loses them and no GPU stays slow behind its back. The Gpu port blocks, hence the threads; one call a node at once.
@@ -7,9 +7,10 @@ hangs loses them and no GPU stays slow behind its back. The Gpu port blocks, hen
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from energy.gpu import ClockLock, Gpu, GpuError, snap
+from energy.gpu import ClockLock, Gpu, GpuError, GpuReading, snap
 from pools.drivers.port import DriverError
 from pools.instances import GpuSlot
 
@@ -22,6 +23,9 @@ class NodeGpus(Protocol):
 
     def gpus(self) -> Sequence[Gpu]:
         """All that may be used. Raises ``GpuError``."""
+
+    def readings(self) -> Sequence[GpuReading]:
+        """What all of them read now. Raises ``GpuError``."""
 
     def renew(self) -> tuple[int, ...]:
         """Keep the locks that were set; returns the GPUs whose lock is lost. Raises ``GpuError``."""
@@ -71,6 +75,26 @@ class GpuClocks:
         if gpus and self.reaches(gpus[0].node):
             with contextlib.suppress(DriverError):
                 await self._on_node(gpus, lambda board: board.reset_sm_clocks())
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        """The nodes it reaches."""
+        return frozenset(self._nodes)
+
+    async def read(self) -> list[GpuReading]:
+        """What every GPU reads; those of a node that does not answer are left out. Raises ``OSError`` if none does."""
+        pages = await asyncio.gather(*(self._read(node) for node in self._nodes), return_exceptions=True)
+        errors = [page for page in pages if isinstance(page, BaseException)]
+        if others := [error for error in errors if not isinstance(error, GpuError)]:
+            raise others[0]
+        if errors and len(errors) == len(pages):
+            raise OSError(str(errors[0])) from errors[0]
+        return [reading for page in pages if not isinstance(page, BaseException) for reading in page]
+
+    async def _read(self, node: str) -> list[GpuReading]:
+        async with self._turns[node]:
+            readings = await asyncio.to_thread(self._nodes[node].readings)
+        return [replace(reading, node=node) for reading in readings]  # an agent may know its host by another name
 
     async def close(self) -> None:
         """Take every lock off and let go of the nodes."""

@@ -1,5 +1,6 @@
 """The operator's view: status and decisions as JSON, as a table, as text."""
 
+import asyncio
 import dataclasses
 
 import httpx
@@ -21,6 +22,8 @@ from dynamollm.errors import UserError
 from dynamollm.operations import OperationRecord, Outcome
 from dynamollm.settings import ControllerSettings
 from dynamollm.wiring import build
+from energy.dcgm import read_dcgm
+from energy.gpu import GpuReading
 from pools.instances import Instance, InstanceState
 from solver.control import (
     Diagnostic,
@@ -82,6 +85,23 @@ def test_status_tells_every_instance_and_what_is_free(client):
     assert status["gpus"] == 32
     assert status["policy"] == "static"
     assert len(status["pools"]) == 9
+
+
+def test_gpus_are_told_under_dcgm_names(application, client):
+    class Meter:
+        async def read(self):
+            return [GpuReading("h100-0", 0, "GPU-0", "H100-SXM", 1200, 300.0, 42.0, 50.0)]
+
+        async def close(self):
+            pass
+
+    assert client.get("/admin/gpus/metrics").text.strip() == ""
+    application.metering._meter = Meter()
+    asyncio.run(application.metering.once())
+    told = client.get("/admin/gpus/metrics")
+    assert told.headers["content-type"].startswith("text/plain")
+    (reading,) = read_dcgm(told.text)
+    assert (reading.energy_j, reading.power_w, reading.instance_id) == (42.0, 300.0, "")
 
 
 def test_decisions_tell_why_what_and_what_became_of_it(client):

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from dynamollm.deployment import Deployment
-from dynamollm.metering import HeldGpus, Metering
+from dynamollm.metering import DriverMeter, HeldGpus, Metering
 from dynamollm.settings import ModelSettings, NodeSettings, PoolSettings, Settings
 from energy.accounting import Prices, Use, User
 from energy.accounting_ledger import SETTLE_S, EnergyLedger
@@ -19,8 +19,11 @@ from energy.adapters.agent_meter import AgentMeter
 from energy.adapters.catalogue import load_profile
 from energy.carbon import StaticIntensity
 from energy.gpu import GpuReading
+from energy.gpus import GPUS
 from pools.drivers.port import InstanceEvent
+from pools.drivers.vllm_clocks import GpuClocks
 from pools.instances import GpuSlot, Instance, InstanceShape, InstanceState
+from simulator.vllm_device.adapters.gpus import BoardNode
 
 PROFILE = "llama-3.1-70b-fp8-h100"
 LL = PoolSettings("LL", "llama", "LL", 4, instances=0)
@@ -94,6 +97,38 @@ def test_a_meter_that_fails_loses_nothing():
     assert metering.power_w()["node-0"] == pytest.approx(40.0)
     ledger.settle(now_s[0] + SETTLE_S)
     assert ledger.metered_j == pytest.approx(8 * 30.0)
+
+
+def test_readings_name_the_instance_that_holds_the_gpu():
+    metering = Metering(ScriptedMeter(readings(5.0)), new_ledger(), HeldGpus(deployment_of()), lambda: 1.0)
+    assert metering.readings() == ()
+    asyncio.run(metering.once())
+    assert [r.instance_id for r in metering.readings()] == ["ll-1"] * 4 + [""] * 4
+    assert {r.energy_j for r in metering.readings()} == {5.0}
+
+
+def test_the_boards_of_emulated_devices_are_booked(tmp_path):
+    physics, ledger, now_s = GPUS["H100-SXM"], new_ledger(), [0.0]
+    node = BoardNode("node-0", 8, physics, tmp_path)
+    try:
+        metering = Metering(
+            DriverMeter(GpuClocks({"node-0": node}).read), ledger, HeldGpus(deployment_of()), time.monotonic
+        )
+
+        async def play():
+            before_j = sum(gpu.energy_j() for gpu in node.gpus())
+            for _ in range(3):
+                await metering.once()
+                await asyncio.sleep(0.1)
+            now_s[0] = time.monotonic()
+            return before_j, sum(gpu.energy_j() for gpu in node.gpus())
+
+        before_j, after_j = asyncio.run(play())
+        ledger.settle(now_s[0] + SETTLE_S)
+        assert 0.0 < ledger.metered_j <= after_j - before_j
+        assert metering.power_w()["ll-1"] == pytest.approx(4 * physics.bare_w, rel=0.05)
+    finally:
+        node.close()
 
 
 def test_a_cancelled_run_closes_its_meter():

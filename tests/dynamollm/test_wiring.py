@@ -1,5 +1,6 @@
 """Wiring: what the settings say reaches the pieces; what they name and is not there is told with its key."""
 
+import asyncio
 import dataclasses
 import json
 
@@ -56,8 +57,19 @@ def test_the_driver_is_the_one_asked_for():
     attach = DriverSettings("attach", urls={"LL": ("http://h:1",)})
     driver = wiring.build_driver(settings_with(driver=attach, controller=STATIC))
     assert isinstance(driver, AttachDriver)
-    assert wiring.meter_addresses(driver) is None
+    assert wiring.build_meter(driver) is None
     assert isinstance(wiring.build_controller(settings_with(controller=STATIC)), StaticController)
+
+
+def test_engines_on_emulated_devices_are_metered_and_those_without_agents_are_not():
+    emulated = wiring.build_driver(settings_with(driver=DriverSettings("vllm-emulated")))
+    assert emulated.metered_nodes == {f"h100-{index}" for index in range(4)}
+    meter = wiring.build_meter(emulated)
+    readings = asyncio.run(meter.read())
+    assert len(readings) == 32
+    assert min(reading.power_w for reading in readings) > 0
+    asyncio.run(emulated.close())
+    assert wiring.build_meter(wiring.build_driver(settings_with(driver=DriverSettings("vllm")))) is None
 
 
 def test_a_profile_that_cannot_serve_a_pool_is_refused_with_the_pool():

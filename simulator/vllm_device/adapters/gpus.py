@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from energy.gpu import ClockEvent, ClockLock, ClockRangeError
+from energy.gpu import ClockEvent, ClockLock, ClockRangeError, GpuReading, read
 from energy.gpus import GpuPhysics
 from simulator.vllm_device.adapters.board import BoardFile, board_path
 
@@ -82,6 +82,7 @@ class BoardNode:
     """The emulated GPUs of one node; makes their boards anew, and removes them when closed."""
 
     def __init__(self, node: str, count: int, physics: GpuPhysics, folder: Path) -> None:
+        self._node = node
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         now_s = time.monotonic()
@@ -93,6 +94,10 @@ class BoardNode:
     def gpus(self) -> Sequence[BoardGpu]:
         """All of them."""
         return self._gpus
+
+    def readings(self) -> list[GpuReading]:
+        """What all of them read now."""
+        return [read(gpu, self._node) for gpu in self._gpus]
 
     def renew(self) -> tuple[int, ...]:
         """Locks on these boards are no leases."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from energy.adapters.memory_gpu import MemoryGpu
+from energy.gpu import GpuReading, read
 from energy.gpus import GPUS
 from pools.drivers.vllm import VllmDriver
 from pools.drivers.vllm_clocks import GpuClocks
@@ -24,6 +25,9 @@ class MemoryNode:
 
     def gpus(self) -> list[MemoryGpu]:
         return self.boards
+
+    def readings(self) -> list[GpuReading]:
+        return [read(board, "as the agent calls it") for board in self.boards]
 
     def renew(self) -> tuple[int, ...]:
         lost, self.lost = self.lost, ()
