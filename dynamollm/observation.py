@@ -4,6 +4,7 @@ It counts since the last look: requests by class (all, and those each instance w
 each instance. What nobody measured is nan, as ``solver.control`` says.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,11 +40,16 @@ class Observer:
         router: Router,
         now_s: float,
         power_w: Callable[[], Mapping[str, float]] = dict,
+        start_s: Callable[[], float] = lambda: math.nan,
     ) -> None:
-        """``power_w``: the last known power of instances, by id; those missing are taken as not measured."""
+        """``power_w``: the last known power of instances, by id; those missing are taken as not measured.
+
+        ``start_s``: how long starts of engines have taken of late; nan where none was seen.
+        """
         self._deployment = deployment
         self._router = router
         self._power_w = power_w
+        self._start_s = start_s
         self._seen_s = now_s
         self._traffic = router.traffic.snapshot()
         self._given: dict[str, tuple[int, ...]] = {}
@@ -58,7 +64,7 @@ class Observer:
     def observe(self, now_s: float) -> Observation:
         """Everything since the last look."""
         window_s = max(now_s - self._seen_s, 1e-9)
-        observation = Observation(now_s, self._cluster(now_s, window_s), self._demand(window_s))
+        observation = Observation(now_s, self._cluster(now_s, window_s), self._demand(window_s), self._start_s())
         self._seen_s = now_s
         self._worst.clear()
         return observation

@@ -7,6 +7,7 @@ decides is nothing. Never on a request's path: a slow driver or a dead engine de
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -21,6 +22,7 @@ log = logging.getLogger("dynamollm.runner")
 SCRAPE_PERIOD_S = 5.0
 FIRST_RESTART_S = 1.0
 LAST_RESTART_S = 60.0
+START_WEIGHT = 0.3  # of the last start in what the next one is expected to take
 
 
 class RoutedFleet(Protocol):
@@ -67,6 +69,7 @@ class Runner:
         self._probe = probe
         self._clock = clock
         self.startup_s = startup_s
+        self.seen_start_s = math.nan  # how long starts have taken of late, measured; nan until one was seen
         self._started_s: dict[str, float] = {}
         self._specs: dict[str, InstanceSpec] = {}
         self._early: dict[str, InstanceEvent] = {}  # overtook the answer to their start
@@ -146,8 +149,7 @@ class Runner:
         if event.state is InstanceState.READY:
             self._failures.pop(after.pool, None)
             if (began_s := self._started_s.pop(after.id, None)) is not None:
-                # measured, not assumed: what the next start is expected to take
-                self.startup_s += 0.3 * (self._clock() - began_s - self.startup_s)
+                self._learn_start(self._clock() - began_s)
             log.info("instance %s is ready at %s", after.id, after.url)
         elif event.state is InstanceState.STOPPED:
             self._specs.pop(after.id, None)
@@ -156,6 +158,14 @@ class Runner:
             log.warning("instance %s failed while %s: %s", after.id, was, event.reason or "no reason given")
             self._replace_later(self._specs.pop(after.id))
         self._check_settled()
+
+    def _learn_start(self, took_s: float) -> None:
+        """Measured, not assumed: what the next start is expected to take, and what controllers are told."""
+        if math.isnan(self.seen_start_s):
+            self.seen_start_s = took_s
+        else:
+            self.seen_start_s += START_WEIGHT * (took_s - self.seen_start_s)
+        self.startup_s = self.seen_start_s
 
     def publish(self) -> None:
         """Show the router how the cluster is now."""

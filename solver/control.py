@@ -104,6 +104,7 @@ class Observation:
     now_s: float
     cluster: ClusterState
     demand: Demand
+    start_s: float = float("nan")  # how long starts of engines have taken of late; nan = none was seen
 
 
 # --- actions: the state that shall hold, by when, under which plan ---------------------------------------------------

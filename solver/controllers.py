@@ -101,6 +101,7 @@ class PlanningController:
         self._pools = tuple(pools)
         self.candidates: Candidates = candidates(tables, pools, policy.knobs)
         self._planner = self._make_planner(self.candidates)
+        self._lead_s = self._settings.lead_s
         self._forecaster = forecaster or SlotForecaster(CLASSES * len(tables))
         self._provision = provision
         self._tables = tables
@@ -135,6 +136,7 @@ class PlanningController:
         now_s = observation.now_s
         self._forecaster.observe(now_s, observation.demand)
         self._follow_recent(observation)
+        self._follow_starts(observation.start_s)
         notes: list[Diagnostic] = []
         levels = tick.levels
         if self._surges(observation):
@@ -175,6 +177,13 @@ class PlanningController:
         if demand.window_s > 0.0:
             keep = float(np.exp(-demand.window_s / self._settings.surge_memory_s))
             self._recent_rps = self._recent_rps * keep + (demand.requests / demand.window_s) * (1.0 - keep)
+
+    def _follow_starts(self, start_s: float) -> None:
+        """A start costs what starts were seen to take, not what was configured, and plans look that much ahead."""
+        known_s = self._planner.changes.start_s
+        if start_s > 0.0 and start_s != known_s:  # not nan
+            self._planner.changes = self._planner.changes.with_start(start_s)
+            self._lead_s = max(self._lead_s + start_s - known_s, 0.0)
 
     def _surges(self, observation: Observation) -> bool:
         """Whether what comes outgrows the plan, so that waiting for the next would cost SLOs."""
@@ -232,7 +241,7 @@ class PlanningController:
 
     def _forecast(self, observation: Observation, period_s: float) -> Forecast:
         """What to plan for: the forecast, or what is already here if that is more."""
-        forecast = self._forecaster.forecast(observation.now_s, period_s + self._settings.lead_s)
+        forecast = self._forecaster.forecast(observation.now_s, period_s + self._lead_s)
         queued = observation.demand.queued / max(self._settings.surge_memory_s, 1.0)
         if self._work_of(self._recent_rps) > self._work_of(forecast.reserve_rps):
             surge = np.maximum(self._recent_rps, forecast.mean_rps)

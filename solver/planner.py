@@ -36,6 +36,11 @@ class ChangeCosts:
     parked_w_per_gpu: float = float("inf")  # inf: engines cannot sleep
     dwell_s: float = 600.0  # how long a change is expected to last: over this time it must pay
 
+    def with_start(self, start_s: float) -> "ChangeCosts":
+        """The same where a start takes this long; a re-shard that is a start takes as long."""
+        restarts = self.reshard_s == self.start_s
+        return replace(self, start_s=start_s, reshard_s=start_s if restarts else self.reshard_s)
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterCosts:
@@ -86,7 +91,7 @@ class Planner:
         solver: Callable[[PlanProblem, SolveLimits | None], PlanSolution] = solve,
     ) -> None:
         self.candidates = candidates
-        self._changes = changes or ChangeCosts()
+        self.changes = changes or ChangeCosts()
         self._costs = cluster_costs or ClusterCosts()
         self._limits = limits or PlanLimits()
         self._solver = solver
@@ -121,7 +126,7 @@ class Planner:
             node_w=costs.node_w,
             empty_nodes_off=costs.empty_nodes_off,
             on=int(np.count_nonzero(on & cluster.node_usable)),
-            switch_w=boot_w * self._changes.node_on_s / self._changes.dwell_s,
+            switch_w=boot_w * self.changes.node_on_s / self.changes.dwell_s,
         )
         return PlanProblem(
             demand_names=c.demand_names,
@@ -186,7 +191,7 @@ class Planner:
 
     def _shapes(self, cluster: ClusterState) -> Shapes:
         """What there is now, by shape, and what changing it costs in watts over the time it must pay in."""
-        c, change, views = self.candidates, self._changes, cluster.instances
+        c, change, views = self.candidates, self.changes, cluster.instances
         model = self._pool_model[views.pool]
         ready, parked = np.zeros(len(c.shape_tp)), np.zeros(len(c.shape_tp))
         usable = cluster.node_usable[views.node]

@@ -126,6 +126,14 @@ def test_what_says_nothing_of_latency_is_left_out():
     assert slo_share(outcome(request, 0.5, 1.5, 21, first_token_s=None)) is None
 
 
+def test_the_controller_is_told_how_long_starts_take_once_one_was_seen():
+    world, seen_s = World(), [math.nan]
+    observer = Observer(world.deployment, world.router, 0.0, start_s=lambda: seen_s[0])
+    assert math.isnan(observer.observe(1.0).start_s)
+    seen_s[0] = 37.0
+    assert observer.observe(2.0).start_s == 37.0
+
+
 def test_an_empty_cluster_can_be_observed():
     deployment = Deployment(load(None, {}), {MODEL: load_profile("llama-3.1-70b-fp8-h100")})
     observation = Observer(deployment, Router(), 0.0).observe(5.0)

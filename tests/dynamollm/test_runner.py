@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -92,6 +93,26 @@ def test_an_instance_that_loads_weights_is_not_routed_to_before_it_is_ready():
         world.driver.finish_start("ll-1")
         await asyncio.sleep(1)
         assert world.router.ready() == ["ll-1"]
+
+    in_world(scenario, manual_start=True)
+
+
+def test_how_long_starts_take_is_measured_and_expected_of_the_next():
+    async def scenario(world: World) -> None:
+        assert math.isnan(world.runner.seen_start_s)
+        await asyncio.sleep(40)
+        world.driver.finish_start("ss-1")
+        await asyncio.sleep(0)
+        assert world.runner.seen_start_s == pytest.approx(40.0)
+        await asyncio.sleep(20)
+        world.driver.finish_start("ll-1")
+        await asyncio.sleep(0)
+        assert world.runner.seen_start_s == pytest.approx(0.7 * 40.0 + 0.3 * 60.0)
+        assert world.runner.startup_s == world.runner.seen_start_s
+        world.driver.crash("ll-1")  # its successor is expected to take as long
+        await asyncio.sleep(2)
+        due_s = world.deployment.ready_at_s("ll-2")
+        assert due_s - asyncio.get_running_loop().time() == pytest.approx(46.0, abs=2.0)
 
     in_world(scenario, manual_start=True)
 

@@ -22,7 +22,7 @@ from solver.control import (
 )
 from solver.controllers import ControlSettings, PlanningController
 from solver.forecast import Forecast, KnownForecaster
-from solver.planner import ClusterCosts, PlanLimits
+from solver.planner import ChangeCosts, ClusterCosts, PlanLimits
 from solver.policies import POLICY_NAMES, policies
 from solver.problem import PlanSolution, SolveStatus
 
@@ -172,6 +172,40 @@ def test_it_follows_the_load_up_and_down_and_pays_for_no_change_in_between():
     assert high > low
     w.run(8.0 * MIX, 1500.0)
     assert w.gpus() < high
+
+
+def seen(controller, start_s):
+    empty = demand(np.zeros(9))
+    controller.on_tick(Tick(0.0, Level.INSTANCE), Observation(0.0, cluster([], controller._pools, 6), empty, start_s))
+    return controller._planner.changes, controller._lead_s
+
+
+def test_starts_cost_what_they_were_seen_to_take_and_plans_look_that_far_ahead():
+    settings = ControlSettings(changes=ChangeCosts(start_s=60.0, reshard_s=60.0), lead_s=60.0)
+    controller = world("dynamollm", settings=settings).controller
+    assert seen(controller, float("nan")) == (settings.changes, 60.0)
+    changes, lead_s = seen(controller, 200.0)
+    assert (changes.start_s, changes.reshard_s, lead_s) == (200.0, 200.0, 200.0)
+    assert changes.drain_s == settings.changes.drain_s
+    changes, lead_s = seen(controller, 5.0)
+    assert (changes.start_s, lead_s) == (5.0, 5.0)
+
+
+def test_a_reshard_that_is_no_start_keeps_its_own_time():
+    assert ChangeCosts(start_s=60.0, reshard_s=0.1).with_start(90.0) == ChangeCosts(start_s=90.0, reshard_s=0.1)
+
+
+def test_dear_starts_make_fewer_changes():
+    def orders(start_s):
+        w = world("dynamollm", settings=ControlSettings(changes=ChangeCosts(dwell_s=60.0), lead_s=60.0))
+        rates = [8.0, 12.0, 6.0, 14.0, 7.0, 11.0]
+        on_tick = w.controller.on_tick
+        w.controller.on_tick = lambda tick, observation: on_tick(tick, replace(observation, start_s=start_s))
+        for number, rate in enumerate(rates, 1):
+            w.run(rate * MIX, 600.0 * number)
+        return len(w.actions(ScaleOut)) + len(w.actions(Reshard))
+
+    assert orders(600.0) < orders(2.0)
 
 
 def test_a_surge_makes_a_plan_before_its_time():
