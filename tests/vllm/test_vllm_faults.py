@@ -5,9 +5,12 @@ import contextlib
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
-from vllm_cluster import LONG, QUEUED, SEQUENCES, SHORT, START_S, eventually
+import pytest
+from conftest import ENVIRONMENT
+from vllm_cluster import LONG, QUEUED, SEQUENCES, SHORT, START_S, eventually, refuses_when_full
 
 from pools.drivers.vllm_http import VllmServer
 
@@ -74,6 +77,7 @@ def finished(seen: Seen, tokens: int) -> bool:
     return (seen.status, seen.tokens, seen.error, seen.done) == (200, tokens, None, True)
 
 
+@pytest.mark.skipif(not refuses_when_full(Path(ENVIRONMENT)), reason="this build of vLLM has no --max-num-queued-reqs")
 def test_what_a_full_engine_refuses_goes_to_the_other(cluster):
     free, full = cluster.engines
     refused_before = full.gauge("admission_rejections_total")

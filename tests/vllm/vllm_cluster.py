@@ -21,9 +21,16 @@ SEQUENCES, QUEUED = 8, 4  # limits of each engine
 START_S = 600.0  # a bound on a hang: 20-60 s on a quiet machine
 ON_CPU = ("--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni")
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-LIMITS = ("--max-num-seqs", str(SEQUENCES), "--max-num-queued-reqs", str(SEQUENCES + QUEUED))
+LIMITS = ("--max-num-seqs", str(SEQUENCES))
+QUEUE_LIMIT = ("--max-num-queued-reqs", str(SEQUENCES + QUEUED))  # where the build knows it
 # one for all questions: to make a client takes longer than the question
 CLIENT = httpx.Client(timeout=30, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+def refuses_when_full(environment: Path) -> bool:
+    """Whether this build of vLLM takes a limit to its queue: 0.32 does, 0.27 queues without end."""
+    (arguments,) = environment.glob("lib/python3*/site-packages/vllm/engine/arg_utils.py")
+    return "max_num_queued_reqs" in arguments.read_text()
 
 
 def configuration(environment: Path, folder: Path) -> dict[str, object]:
@@ -31,6 +38,7 @@ def configuration(environment: Path, folder: Path) -> dict[str, object]:
 
     Short prompts have a pool of their own, so that it is known where a request goes first.
     """
+    limits = (*LIMITS, *(QUEUE_LIMIT if refuses_when_full(environment) else ()))
     return {
         "models": [
             {
@@ -53,7 +61,7 @@ def configuration(environment: Path, folder: Path) -> dict[str, object]:
             "kind": "vllm",
             "vllm": {
                 "command": str(environment / "bin" / "vllm"),
-                "arguments": [*ON_CPU, "--kv-cache-memory-bytes", "67108864", *LIMITS, *TOOLS],
+                "arguments": [*ON_CPU, "--kv-cache-memory-bytes", "67108864", *limits, *TOOLS],
                 # on CPU an engine sleeps, but is refused the flag that would free its memory
                 "can_park": False,
                 "environment": {
