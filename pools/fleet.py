@@ -1,11 +1,11 @@
 """Fleet: the instances as columns of cost and load, and which of each pool may be given requests now.
 
-The router's memory of the cluster. It counts what this gateway has sent (first), what engines say of load from
-elsewhere (second), and knows which instances are ready, awake and not resting after failures. It decides nothing: see
-pools/router.py.
+The router's memory of the cluster. It counts what this gateway has sent (first), what other gateways say they have
+there (second), what engines say of load from elsewhere (third), and knows which instances are ready, awake and not
+resting after failures. It decides nothing: see pools/router.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from energy.profile import StepCoefficients
@@ -13,6 +13,7 @@ from pools import scoring
 from pools.classes import REQUEST_CLASSES
 from pools.instances import Instance, InstanceState
 from pools.outliers import EjectionLimits, Outliers
+from pools.peers import NOTHING, PeerLoad
 from pools.request import Assigned, Request
 from pools.scoring import Costs, Load
 from pools.view import ClusterView, EngineLoad, InstanceView
@@ -62,7 +63,7 @@ class _Foreign:
 class _Known:
     """What stays the same, or must stay, of an instance while views come and go."""
 
-    __slots__ = ("assigned", "costs", "foreign", "given", "lone_step_s", "promises", "view")
+    __slots__ = ("assigned", "costs", "foreign", "given", "lone_step_s", "peers", "promises", "view")
 
     def __init__(self) -> None:
         self.view: InstanceView | None = None
@@ -72,6 +73,7 @@ class _Known:
         self.given = [0] * len(REQUEST_CLASSES)
         self.promises: dict[float, int] = {}
         self.foreign = _Foreign()
+        self.peers = NOTHING
 
     def show(self, v: InstanceView, kinds: dict[tuple[StepCoefficients, int], int]) -> bool:
         """Take over a view of it; False if nothing has changed."""
@@ -217,7 +219,38 @@ class Fleet:
         i = self.index.get(instance_id)
         if i is None:
             return 0
-        return round(self.load.in_flight[i] - self._known[instance_id].foreign.counted)
+        known = self._known[instance_id]
+        return round(self.load.in_flight[i] - known.foreign.counted - known.peers.in_flight)
+
+    # --- other gateways ----------------------------------------------------------------------------------------------
+
+    def own(self) -> dict[str, PeerLoad]:
+        """What this gateway has on each instance, for the others to hear; those it has nothing on are left out."""
+        load, own = self.load, {}
+        for instance_id, i in self.index.items():
+            known = self._known[instance_id]
+            peers, foreign = known.peers, known.foreign
+            in_flight = load.in_flight[i] - foreign.counted - peers.in_flight
+            if in_flight > 0.0:
+                own[instance_id] = PeerLoad(
+                    in_flight,
+                    max(load.pending_tokens[i] - peers.pending_tokens, 0.0),
+                    load.context_tokens[i] - foreign.context_tokens - peers.context_tokens,
+                    load.reserved_tokens[i] - peers.reserved_tokens,
+                    load.prompt_share[i] - peers.prompt_share,
+                    min(known.promises, default=scoring.UNPROMISED_S),
+                )
+        return own
+
+    def hear(self, peers: Mapping[str, PeerLoad], now_s: float) -> None:
+        """Let what all other gateways together have on each instance stand beside our own, instead of the last word."""
+        for instance_id, i in self.index.items():
+            known, new = self._known[instance_id], peers.get(instance_id, NOTHING)
+            old, known.peers = known.peers, new
+            if new != old:
+                scoring.change(self.load, i, now_s, [n - o for n, o in zip(new[:-1], old[:-1], strict=True)])
+                self.load.tbt_limit_s[i] = min(*known.promises, new.tbt_limit_s, scoring.UNPROMISED_S)
+                self._refresh(i)
 
     def sent(self, i: int, request: Request, now_s: float) -> Assigned:
         """Count a request sent to instance ``i``."""
@@ -268,7 +301,8 @@ class Fleet:
         if left:
             promises[tbt_s] = left
         else:
-            self.load.tbt_limit_s[i] = min(promises, default=scoring.UNPROMISED_S)
+            limit_s = self._known[self.assigned[i].instance_id].peers.tbt_limit_s
+            self.load.tbt_limit_s[i] = min(*promises, limit_s, scoring.UNPROMISED_S)
 
     def _refresh(self, i: int) -> None:
         load = self.load

@@ -9,7 +9,7 @@ Synchronous and pure: told the time, it answers with values. It opens no socket,
 relay does that, once, by calling ``route`` again with ``exclude``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -18,6 +18,7 @@ from pools.escalation import Escalated, EscalationLimits, late
 from pools.fleet import Fleet, Flight, OpenPool
 from pools.instances import InstanceState
 from pools.outliers import EjectionLimits
+from pools.peers import PeerLoad
 from pools.queue import QueueLimits, RequestQueue, Waiting
 from pools.request import Assigned, Decision, Queued, Rejected, RejectReason, Request
 from pools.routes import routes_of
@@ -314,6 +315,10 @@ class Router:
         """Take in what an engine says of itself: load from elsewhere, asleep or awake."""
         if self.fleet.observe(instance_id, seen):
             self._plan_paths()
+
+    def hear(self, peers: Mapping[str, PeerLoad], now_s: float) -> None:
+        """Take in what all other gateways together have on each instance; it stands until they are heard again."""
+        self.fleet.hear(peers, now_s)
 
     def in_flight(self, instance_id: str) -> int:
         """Requests sent to an instance that have not ended."""

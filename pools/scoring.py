@@ -311,6 +311,24 @@ def remove(load: Load, i: int, input_tokens: float, output_tokens: float) -> Non
         load.tbt_limit_s[i] = UNPROMISED_S
 
 
+def change(load: Load, i: int, now_s: float, by: Sequence[float]) -> None:
+    """Add to the first of the columns, but for the time: what other gateways have sent there. ``settle`` it after.
+
+    ``by``: requests, pending tokens, context tokens, reserved tokens, prompt share. Prompts that came are expected to
+    be read after those that were there; where some are done, what is left is expected from now, as in ``start``.
+    """
+    in_flight, pending_tokens, prefill_done_s, context_tokens, reserved_tokens, prompt_share = load[:6]
+    columns = in_flight, pending_tokens, context_tokens, reserved_tokens, prompt_share
+    for column, amount in zip(columns, by, strict=True):
+        column[i] = max(column[i] + amount, 0.0)
+    if in_flight[i] <= 0.0 or pending_tokens[i] <= 0.0:
+        prefill_done_s[i] = 0.0
+    elif by[1] > 0.0:
+        prefill_done_s[i] = max(prefill_done_s[i], now_s) + by[1] * load.prompt_s[i]
+    elif by[1] < 0.0:
+        prefill_done_s[i] = now_s + pending_tokens[i] * load.prompt_s[i]
+
+
 def settle(costs: Costs, load: Load, i: int, step_s: float) -> None:
     """Derive what follows from the load of instance ``i``; ``step_s`` is ``decode_step_s`` of it."""
     steps_s, between_s, prompt_s, free_tokens = load[7:]
