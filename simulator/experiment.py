@@ -20,6 +20,7 @@ from simulator.delays import Delays
 from simulator.prediction import LengthPrediction
 from simulator.setup import PoolSetup, SimulationSetup
 from simulator.workload.arrivals import Workload
+from simulator.world import ROWS
 from solver.candidates import Knobs, candidates
 from solver.clairvoyant import clairvoyant_w
 from solver.control import (
@@ -66,7 +67,10 @@ class Scenario:
 
 
 def prepare(scenario: Scenario, policy_name: str, workload: Workload) -> tuple[SimulationSetup, Controller]:
-    """The world and the controller for one run. Raises ``ValueError`` for a policy that does not exist."""
+    """The world and the controller for one run.
+
+    Raises ``ValueError`` for a policy that does not exist, and for a cluster larger than the simulator has room for.
+    """
     profile = scenario.profile
     known = policies(profile.tensor_parallel[-1], profile.sm_clocks_mhz[-1])
     if policy_name not in known:
@@ -86,6 +90,11 @@ def prepare(scenario: Scenario, policy_name: str, workload: Workload) -> tuple[S
         weights=scenario.weights,
         sample_s=scenario.sample_s,
     )
+    most = setup.gpus // profile.tensor_parallel[0]
+    if most > ROWS:
+        raise ValueError(
+            f"{setup.gpus} GPUs may hold {most} instances of {profile.name}; the simulator has room for {ROWS}"
+        )
     if policy.name == "single-pool":
         return setup, WholeCluster(setup, policy)
     provision = provision_for(workload, setup) if policy.static else None

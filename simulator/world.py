@@ -22,8 +22,8 @@ F = Any
 N = Any
 
 CLASSES = 9
-ROWS = 2048  # instances at a time
-SLOTS = 1 << 18  # requests in the system at a time
+ROWS = 16_384  # instances at a time; memory is taken as rows are used
+SLOTS = 1 << 20  # requests in the system at a time
 SEQS = 512  # sequences of one engine
 POOLS = 16
 POINTS = 256  # (TP, clock) pairs

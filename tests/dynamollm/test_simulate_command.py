@@ -61,6 +61,7 @@ def test_a_table_for_people(tmp_path):
     [
         (["--policy", "nonsense"], "no policy 'nonsense'"),
         (["--gpus", "30"], "multiple"),
+        (["--gpus", "40000"], "40000 GPUs may hold 20000 instances"),
         (["--profile", "no-such"], "shipped profiles"),
         (["--trace", "/no/such/file.csv"], "no/such"),
     ],

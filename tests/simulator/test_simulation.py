@@ -387,3 +387,22 @@ def test_the_result_says_what_is_documented():
     assert (result.series.power_w * np.diff(result.series.at_s, prepend=0.0)).sum() == pytest.approx(result.energy_j)
     assert set(report["ttft_p99_s"]) <= {c.name for c in RequestClass} | {"all"}
     assert report["reconfigurations"] == 1
+
+
+def test_ten_thousand_gpus_of_small_instances_are_all_there_and_all_reshard():
+    nodes, smalls = 1250, 4
+    names = [[f"{node}-{k}" for k in range(smalls)] for node in range(nodes)]
+    begun = [start(name, node, tp=2) for node in range(nodes) for name in names[node]]
+    reshards = [
+        Reshard(deadline_s=1e9, retire=tuple(names[node]), create=(start(f"{node}-whole", node),))
+        for node in range(nodes)
+    ]
+    arrivals = requests(20_000, rate_rps=500.0, longest_output=30)
+    simulation, controller = run(
+        setup_of(nodes, delays=Delays(reshard_s=5.0)), arrivals, {0.0: begun, 20.0: reshards, 35.0: []}, duration_s=60.0
+    )
+    before, after = (controller.seen[k].cluster.instances for k in (1, 2))
+    assert (len(before), set(before.tp)) == (nodes * smalls, {2})
+    assert (len(after), set(after.tp)) == (nodes, {8})
+    assert int(simulation.world.ledger.finished.sum()) == 20_000
+    assert simulation.cluster.changes.reshard == nodes
