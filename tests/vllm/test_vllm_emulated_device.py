@@ -20,7 +20,7 @@ from pools.instances import GpuSlot, InstanceShape, InstanceState
 
 NAME = "llama-3.1-70b-fp8-h100"
 PROFILE = load_profile(NAME)
-TP, TOKENS, PROMPT_WORDS = 2, 60, 50
+TP, TOKENS, PROMPT_WORDS, LONG_PROMPT = 2, 60, 50, 1500
 GPUS = tuple(GpuSlot("node", index) for index in range(TP))
 HOST_S = 0.005  # what a quiet host may add to a step's end: it polls nothing, but other processes have their turns
 
@@ -51,6 +51,20 @@ async def gaps_s(url: str) -> list[float]:
     return [after - before for before, after in pairwise(seen_s)]
 
 
+async def prefill_s(url: str, token: int) -> float:
+    """Time to read a long prompt of one token over and over, which no other call has cached."""
+    body = {"model": "m", "prompt": [token] * LONG_PROMPT, "max_tokens": 1, "ignore_eos": True}
+    async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
+        began_s = time.monotonic()
+        answer = await client.post(f"{url}/v1/completions", json=body)
+        assert answer.json()["usage"]["prompt_tokens"] == LONG_PROMPT
+        return time.monotonic() - began_s
+
+
+def expected_prefill_s(clock_mhz: int) -> float:
+    return step_time_s(PROFILE.step(TP, clock_mhz), LONG_PROMPT, LONG_PROMPT**2 / 2, 0, 0)
+
+
 def expected_s(clock_mhz: int) -> float:
     return step_time_s(PROFILE.step(TP, clock_mhz), 0, 0, 1, PROMPT_WORDS + TOKENS / 2)
 
@@ -67,13 +81,14 @@ async def play(log_dir: Path) -> None:
             if event.state is InstanceState.READY:
                 break
 
-        medians_s = {}
+        medians_s, prefills_s = {}, {}
         for clock_mhz in (1980, 1005):
             assert await driver.set_sm_clock("emulated-1", clock_mhz) == clock_mhz
             before_j, before_s = boards[0].energy_j(), time.monotonic()
             gaps = await gaps_s(instance.url)
             power_w = (boards[0].energy_j() - before_j) / (time.monotonic() - before_s)
             medians_s[clock_mhz] = statistics.median(gaps)
+            prefills_s[clock_mhz] = min([await prefill_s(instance.url, clock_mhz + try_) for try_ in range(3)])
             assert PROFILE.idle_power_w(GpuState.LOADED, clock_mhz) < power_w <= 700.0
             assert boards[TP].power_w() < boards[0].power_w()  # of no engine: bare
             print(
@@ -82,7 +97,10 @@ async def play(log_dir: Path) -> None:
             )
         for clock_mhz, median_s in medians_s.items():
             assert 0.95 * expected_s(clock_mhz) <= median_s <= expected_s(clock_mhz) + HOST_S
-        assert medians_s[1005] > medians_s[1980]
+        for clock_mhz, took_s in prefills_s.items():  # compute-bound, so this is where the clock is felt
+            assert 0.95 * expected_prefill_s(clock_mhz) <= took_s <= expected_prefill_s(clock_mhz) + 10 * HOST_S
+        print(f"prefill of {LONG_PROMPT}: {prefills_s}")
+        assert prefills_s[1005] > 1.5 * prefills_s[1980]
 
         async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
             page = (await client.get(f"{instance.url}/metrics")).text
