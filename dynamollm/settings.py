@@ -114,6 +114,13 @@ class DriverSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingSettings:
+    """How requests are spread over the instances of their pools, beyond load, energy and SLO."""
+
+    prefix_affinity: bool | None = None  # go where the prompt's beginning is cached; None: where engines cache (vLLM)
+
+
+@dataclass(frozen=True, slots=True)
 class ControllerSettings:
     """Who decides how many instances there are, their TP and clocks.
 
@@ -191,6 +198,7 @@ class Settings:
     server: ServerSettings = field(default_factory=ServerSettings)
     slo: SloSettings = field(default_factory=SloSettings)
     driver: DriverSettings = field(default_factory=DriverSettings)
+    routing: RoutingSettings = field(default_factory=RoutingSettings)
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     energy: EnergySettings = field(default_factory=EnergySettings)
     store: StoreSettings = field(default_factory=StoreSettings)

@@ -299,8 +299,15 @@ def proxy_settings(settings: Settings) -> ProxySettings:
         ),
         api_keys=(*settings.auth.api_keys, *read_keys(settings.auth.api_keys_file)),
         request_id_prefix=f"req-{secrets.token_hex(4)}-",
+        prefix_affinity=prefix_affinity(settings),
         objectives={objective.name: objective.priority for objective in settings.objectives},
     )
+
+
+def prefix_affinity(settings: Settings) -> bool:
+    """Whether it is asked for, or left open and the engines cache prefixes, which the emulator's do not."""
+    asked = settings.routing.prefix_affinity
+    return settings.driver.kind != "emulator" if asked is None else asked
 
 
 def read_keys(path: str | None) -> tuple[str, ...]:

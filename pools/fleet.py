@@ -14,6 +14,7 @@ from pools.classes import REQUEST_CLASSES
 from pools.instances import Instance, InstanceState
 from pools.outliers import EjectionLimits, Outliers
 from pools.peers import NOTHING, PeerLoad
+from pools.prefixes import PrefixIndex
 from pools.request import Assigned, Request
 from pools.scoring import Costs, Load
 from pools.view import ClusterView, EngineLoad, InstanceView
@@ -95,6 +96,7 @@ class Fleet:
 
     def __init__(self, ejection: EjectionLimits) -> None:
         self.outliers = Outliers(ejection)
+        self.prefixes = PrefixIndex()
         self.views: tuple[InstanceView, ...] = ()
         self.index: dict[str, int] = {}
         self.flights: dict[str, Flight] = {}
@@ -136,6 +138,8 @@ class Fleet:
         for i in changed:
             self._refresh(i)
         self.outliers.keep(frozenset(index))
+        if self.prefixes:
+            self.prefixes.keep({v.instance.id for v in view.instances if v.instance.state is InstanceState.READY})
         self._asleep &= index.keys()
         for flight in self.flights.values():
             if flight.instance_id not in index:
@@ -263,6 +267,9 @@ class Fleet:
         promises[tbt_s] = promises.get(tbt_s, 0) + 1
         self.given[i][request.request_class] += 1
         answer = self.assigned[i]
+        if request.prefix is not None:
+            capacity_tokens = self.views[i].limits.kv_capacity_tokens
+            self.prefixes.add(answer.instance_id, request.prefix.blocks, capacity_tokens)
         self.flights[request.id] = Flight(request, answer.instance_id, tbt_s, self.load.prefill_done_s[i])
         return answer
 

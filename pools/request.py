@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pools.classes import RequestClass, Slo
+from pools.prefixes import Prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Request:
     priority: int = 0  # higher is more important; below 0 may be shed
     tenant: str = "default-flow"
     streamed: bool = True  # else its first token is not seen: the whole answer comes at once
+    prefix: Prefix | None = None  # how its prompt begins, where that counts
 
     @property
     def deadline_s(self) -> float:

@@ -19,6 +19,7 @@ from pools.fleet import Fleet, Flight, OpenPool
 from pools.instances import InstanceState
 from pools.outliers import EjectionLimits
 from pools.peers import PeerLoad
+from pools.prefixes import Prefix
 from pools.queue import QueueLimits, RequestQueue, Waiting
 from pools.request import Assigned, Decision, Queued, Rejected, RejectReason, Request
 from pools.routes import routes_of
@@ -101,6 +102,8 @@ class Router:
     def _find(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
         """The best instance that keeps the SLO; if none could even when empty, the one least late."""
         i = self._find_on_time(path, request, now_s, exclude)
+        if request.prefix is not None:
+            i = self._nearest_prefix(i, request.prefix, path, request, now_s, exclude)
         if i == scoring.NONE and self._hopeless(path, request, now_s):
             return self._find_least_late(path, request, now_s, exclude)
         return i
@@ -120,6 +123,32 @@ class Router:
                 if i != scoring.NONE:
                     return i
         return scoring.NONE
+
+    def _nearest_prefix(
+        self, i: int, prefix: Prefix, path: Path, request: Request, now_s: float, exclude: frozenset[str]
+    ) -> int:
+        """The instance that holds more of the prompt than ``i`` and scores better for it; else ``i``."""
+        fleet, (spread, margin) = self.fleet, self.limits.weights
+        held = fleet.prefixes.match(prefix.blocks)
+        if not held:
+            return i
+        input_tokens, output_tokens, slo = request.input_tokens, request.output_tokens, request.slo
+        budget_s = request.arrival_s + slo.ttft_s - now_s
+
+        def score(j: int, blocks: int) -> float:
+            cached = prefix.cached_tokens(blocks, input_tokens)
+            given = (now_s, input_tokens, cached, output_tokens, budget_s, slo.tbt_s, spread, margin)
+            return scoring.score(fleet.costs, fleet.load, j, *given)
+
+        best = i
+        least = score(i, held.get(fleet.assigned[i].instance_id, 0)) if i != scoring.NONE else scoring.INFINITE
+        for instance_id, blocks in held.items():
+            j = fleet.index.get(instance_id, scoring.NONE)
+            if j in (i, scoring.NONE) or instance_id in exclude or fleet.open_pool[j] not in path.names:
+                continue
+            if (scored := score(j, blocks)) < least:
+                best, least = j, scored
+        return best
 
     def _hopeless(self, path: Path, request: Request, now_s: float) -> bool:
         """Whether even an empty instance would break its SLO: then waiting for one is no use."""

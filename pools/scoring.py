@@ -24,6 +24,7 @@ from energy.profile import StepCoefficients, step_time_s
 
 NONE = -1  # no instance
 ANY_TOKENS = 1e18
+INFINITE = float("inf")
 UNPROMISED_S = 1e9  # TBT limit of an instance that owes nobody anything
 
 
@@ -147,6 +148,41 @@ def work_j(costs: Costs, i: int, input_tokens: float, output_tokens: float) -> f
         + 0.5 * costs.attention_j[i] * input_tokens * input_tokens
         + costs.kv_j[i] * output_tokens * (input_tokens + 0.5 * output_tokens)
     )
+
+
+def score(
+    costs: Costs,
+    load: Load,
+    i: int,
+    now_s: float,
+    input_tokens: float,
+    cached_tokens: float,
+    output_tokens: float,
+    ttft_budget_s: float,
+    tbt_slo_s: float,
+    spread: float,
+    margin: float,
+) -> float:
+    """The score of instance ``i``, which holds the first ``cached_tokens`` of the prompt; infinite without headroom.
+
+    What is cached is not read again: that is less energy and an earlier first token, and nothing else changes. So a
+    prefix weighs against load and SLO in the score's own terms. With nothing cached it is what ``choose`` compares.
+    """
+    if load.free_tokens[i] < input_tokens + output_tokens:
+        return INFINITE
+    cached2 = 0.5 * cached_tokens * cached_tokens
+    energy_j = marginal_energy_j(costs, load, i, input_tokens, output_tokens)
+    energy_j -= costs.prompt_j[i] * cached_tokens + costs.attention_j[i] * cached2
+    saved_s = load.prompt_s[i] * cached_tokens + costs.attention_s[i] * cached2
+    first = ttft_s(costs, load, i, now_s, input_tokens) - saved_s
+    between = tbt_s(costs, load, i, input_tokens, output_tokens)
+    if load.in_flight[i] > 0.0:
+        between -= saved_s / max(output_tokens, 1.0)
+    limit_s = margin * min(tbt_slo_s, load.tbt_limit_s[i])
+    if first >= margin * ttft_budget_s or between >= limit_s:
+        return INFINITE
+    pressure = max(first / (margin * ttft_budget_s), between / limit_s)
+    return energy_j * (1.0 + spread * pressure / (1.0 - pressure))
 
 
 def choose(

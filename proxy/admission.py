@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 
 from pools.classes import REQUEST_CLASSES, Slo
+from pools.prefixes import Prefix, prefix_of
 from pools.request import Request
 from pools.tokens import Messages, TokenCount
 from proxy import errors
-from proxy.fields import READERS, RequestFields, prompt_of, rewritten, stream_options_with_usage
+from proxy.fields import PROMPT_KEYS, READERS, RequestFields, prompt_of, rewritten, stream_options_with_usage
 from proxy.heads import ClientHead, Headers
 from proxy.services import GatewayServices
 from proxy.terms import Terms
@@ -148,7 +149,8 @@ class Admission:
                 input_tokens = count(model, fields.size, text).tokens
             except _TooLongToCount:
                 return Undecided(partial(count, model, fields.size, text.read))
-        request = self._request(fields, terms, request_id, now_s, model, input_tokens)
+        prefix = prefix_of(model, body, PROMPT_KEYS[path]) if self._settings.prefix_affinity else None
+        request = self._request(fields, terms, request_id, now_s, model, input_tokens, prefix)
         sent_body, usage_injected = self._forwarded(body, fields, request.priority)
         id_line = b"x-request-id: %b\r\n" % (terms.request_id or request_id.encode())
         return Admitted(
@@ -170,6 +172,7 @@ class Admission:
         now_s: float,
         model: str,
         input_tokens: int,
+        prefix: Prefix | None,
     ) -> Request:
         services, slos = self._services, self._settings.slos
         output_tokens = services.lengths.output_tokens(fields, model, input_tokens, terms.tenant)
@@ -191,6 +194,7 @@ class Admission:
             self._priority(fields, terms),
             terms.tenant,
             fields.stream,
+            prefix,
         )
 
     def _model(self, name: str | None) -> str:

@@ -154,6 +154,9 @@ def prompt_of(path: bytes, body: bytes) -> str | Messages:
 READERS = {CHAT_PATH: read_chat, COMPLETION_PATH: read_completion}
 """The relayed paths, and what reads their bodies."""
 
+PROMPT_KEYS = {CHAT_PATH: b'"messages"', COMPLETION_PATH: b'"prompt"'}
+"""Where the prompt begins in their bodies."""
+
 
 def rewritten(body: bytes, changes: dict[str, Any]) -> bytes:
     """The body with top-level fields set, or taken out where the new value is None; all other bytes as they came."""

@@ -10,7 +10,7 @@ from dynamollm import wiring
 from dynamollm.adapters.configuration import load
 from dynamollm.control_loop import StaticController
 from dynamollm.errors import UserError
-from dynamollm.settings import ControllerSettings, DriverSettings, EnergySettings, Settings
+from dynamollm.settings import ControllerSettings, DriverSettings, EnergySettings, RoutingSettings, Settings
 from pools.drivers.attach import AttachDriver
 from pools.drivers.emulator import EmulatorDriver
 
@@ -50,6 +50,21 @@ def test_limits_and_slos_reach_gateway_and_router():
     assert told.limits.body_bytes == 2048
     assert told.slos.tbt_s == 0.05
     assert told.request_id_prefix != wiring.proxy_settings(settings).request_id_prefix
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "told"),
+    [
+        (None, "emulator", False),
+        (None, "vllm", True),
+        (None, "vllm-emulated", True),
+        (False, "vllm", False),
+        (True, "emulator", True),
+    ],
+)
+def test_prefixes_count_where_engines_cache_them_or_it_is_asked_for(asked, kind, told):
+    settings = settings_with(driver=DriverSettings(kind), routing=RoutingSettings(asked))
+    assert wiring.proxy_settings(settings).prefix_affinity is told
 
 
 def test_the_driver_is_the_one_asked_for():

@@ -69,6 +69,18 @@ def request(
     priority=0,
     model=MODEL,
     tenant="default-flow",
+    prefix=None,
 ):
     slo = slo or Slo(0.4, 0.1)
-    return Request(str(request_id), model, arrival_s, input_tokens, output_tokens, request_class, slo, priority, tenant)
+    return Request(
+        str(request_id),
+        model,
+        arrival_s,
+        input_tokens,
+        output_tokens,
+        request_class,
+        slo,
+        priority,
+        tenant,
+        prefix=prefix,
+    )

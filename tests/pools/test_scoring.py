@@ -295,3 +295,56 @@ def test_predictions_grow_with_load(inputs, outputs, others):
         assert now[1] >= before[1]
         before = now
         c.add(0, 200, 100.0)
+
+
+def score(c, i, cached=0.0, now_s=0.0, inputs=500, outputs=200.0, ttft=0.4, tbt=0.1):
+    return scoring.score(c.costs, c.load, i, now_s, inputs, cached, outputs, ttft, tbt, SPREAD, MARGIN)
+
+
+loads = st.lists(st.tuples(st.integers(1, 3000), st.floats(1, 800), st.booleans()), max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(loads, min_size=1, max_size=4), st.integers(1, 4000), st.floats(1, 800), st.floats(0.05, 3.0))
+def test_choose_takes_the_least_score(held, inputs, outputs, ttft):
+    c = Columns([STEP if i % 2 else SLOW_STEP for i in range(len(held))])
+    for i, requests in enumerate(held):
+        for input_tokens, output_tokens, started in requests:
+            c.add(i, input_tokens, output_tokens, started=started)
+    scores = [score(c, i, inputs=inputs, outputs=outputs, ttft=ttft, now_s=0.01) for i in range(len(held))]
+    chosen = c.choose(inputs=inputs, outputs=outputs, ttft=ttft, now_s=0.01)
+    if min(scores) == scoring.INFINITE:
+        assert chosen == NONE
+    else:
+        assert scores[chosen] == pytest.approx(min(scores), rel=1e-9)
+
+
+@given(st.integers(2, 4000), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_the_more_is_cached_the_better_the_score(inputs, one, other):
+    c = Columns([STEP])
+    c.add(0)
+    less, more = sorted((one * (inputs - 1), other * (inputs - 1)))
+    assert score(c, 0, more, inputs=inputs, ttft=3.0) <= score(c, 0, less, inputs=inputs, ttft=3.0)
+
+
+def test_what_is_cached_is_not_read_again_and_not_paid_for():
+    c = Columns([STEP])
+    whole, cached, rest = 2000, 1500, 500
+    saved_j = scoring.work_j(c.costs, 0, whole, 0.0) - scoring.work_j(c.costs, 0, cached, 0.0)
+    spread = 0.0  # then the score is the energy
+    args = (c.costs, c.load, 0, 0.0, whole)
+    full_j = scoring.score(*args, 0.0, 1.0, 9.0, 0.1, spread, MARGIN)
+    part_j = scoring.score(*args, float(cached), 1.0, 9.0, 0.1, spread, MARGIN)
+    assert full_j - part_j == pytest.approx(scoring.work_j(c.costs, 0, cached, 0.0))
+    assert part_j == pytest.approx(saved_j + full_j - scoring.work_j(c.costs, 0, whole, 0.0))
+    assert score(c, 0, 0.0, inputs=whole, ttft=0.1) == scoring.INFINITE  # too long to read in time
+    assert score(c, 0, float(cached), inputs=whole, ttft=0.1) < scoring.INFINITE
+    assert score(c, 0, 0.0, inputs=rest, ttft=0.1) < scoring.INFINITE
+
+
+def test_what_does_not_fit_has_no_score():
+    c = Columns([STEP], kv_capacity_tokens=600)
+    c.add(0, 100, 100.0)
+    assert score(c, 0, 0.0, inputs=500) == scoring.INFINITE
+    assert score(c, 0, 499.0, inputs=500) == scoring.INFINITE  # cached tokens take room too
+    assert score(c, 0, 0.0, inputs=100) < scoring.INFINITE

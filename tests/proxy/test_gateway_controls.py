@@ -8,6 +8,7 @@ import pytest
 from gateway_fakes import CHAT, DONE, TOKENS, WHOLE, Engine, answer, play, read_answer, request_bytes, running, until
 
 from pools.escalation import Escalated
+from pools.prefixes import prefix_of
 from pools.request import Assigned
 from pools.tokens import TokenCount
 from proxy.settings import ProxySettings
@@ -40,6 +41,17 @@ def test_bad_slos_are_ignored_and_counted(value):
     request, got, _, metrics = routed(f"x-llm-d-slo-ttft-ms: {value}")
     assert (got.status, request.slo.ttft_s) == (200, 0.25)
     assert metrics.invalid.value(("ttft",)) == 1
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_how_a_prompt_begins_is_told_where_it_counts(asked):
+    long = {**CHAT, "messages": [{"role": "user", "content": "Why is the sky blue? " * 100}]}
+    request, *_ = routed(fields=long, settings=ProxySettings(prefix_affinity=asked))
+    assert (request.prefix is not None) == asked
+    if asked:
+        again = prefix_of(CHAT["model"], json.dumps({"stream": True, **long}).encode(), b'"messages"')
+        assert request.prefix.blocks[:3] == again.blocks[:3]
+    assert routed(settings=ProxySettings(prefix_affinity=asked))[0].prefix is None  # too short to matter
 
 
 def test_tenant_and_objective():
