@@ -3,6 +3,8 @@
 Joins ``pools`` and ``proxy`` to ``energy``, which knows nothing of either. On a request's path: plain calls, no I/O.
 """
 
+from collections.abc import Callable
+
 from energy.accounting import User
 from energy.accounting_ledger import EnergyLedger
 from pools.escalation import Escalated
@@ -12,11 +14,20 @@ from proxy.services import Router
 
 
 class AccountedRouter:
-    """The router it is given, telling the ledger who went where and when the first token came."""
+    """The router it is given, telling the ledger who went where and when the first token came.
 
-    def __init__(self, router: Router, ledger: EnergyLedger) -> None:
+    ``first_token`` is told of every first token, too, while the request still counts as not begun.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        ledger: EnergyLedger,
+        first_token: Callable[[str, float], None] = lambda request_id, now_s: None,
+    ) -> None:
         self._router = router
         self._ledger = ledger
+        self._first_token = first_token
         self.on_finished = router.on_finished  # the end is told by the outcome, which has the engine's tokens
         self.on_failed = router.on_failed
         self.on_cancelled = router.on_cancelled
@@ -47,6 +58,7 @@ class AccountedRouter:
     def on_first_token(self, request_id: str, now_s: float) -> None:
         """Its first token came."""
         self._ledger.first_token(request_id, now_s)
+        self._first_token(request_id, now_s)
         self._router.on_first_token(request_id, now_s)
 
     def _began(self, request: Request, assigned: Assigned, now_s: float) -> None:

@@ -92,6 +92,7 @@ class ControlLoop:
 
     async def run(self) -> None:
         """Tick until cancelled."""
+        self._observe(self._clock())  # what is counted begins now: before, the cluster was coming up
         await asyncio.sleep(self._warm_up_s)
         while True:
             try:

@@ -54,6 +54,8 @@ class Deployment:
         self._counts: dict[str, int] = {}
         self._adopted: set[str] = set()  # names given by an earlier controller, never given again
         self._ready_at_s: dict[str, float] = {}
+        self._begun: dict[str, int] = {}
+        self._starts = 0
         self._ordered_mhz: dict[str, int] = {}
         self._views: dict[str, InstanceView] = {}
         self.shares: Shares = {}  # how the plan spreads each (model, class) over pools
@@ -121,9 +123,16 @@ class Deployment:
         self.shares = dict(shares)
         self._version += 1
 
-    def expect_ready(self, instance_id: str, at_s: float) -> None:
-        """Note when an instance that is starting should be READY."""
-        self._ready_at_s[instance_id] = at_s
+    def begin_start(self, spec: InstanceSpec, ready_at_s: float) -> None:
+        """Note that an instance is being started, and when it should be READY."""
+        self._ready_at_s[spec.id] = ready_at_s
+        self._ordered_mhz[spec.id] = spec.sm_clock_mhz
+        self._starts += 1
+        self._begun[spec.id] = self._starts
+
+    def in_order(self) -> list[Instance]:
+        """All instances, in the order in which their starts were asked for, however long each took."""
+        return sorted(self.instances.values(), key=lambda instance: self._begun.get(instance.id, 0))
 
     def ready_at_s(self, instance_id: str) -> float:
         """When a STARTING instance should be READY; -inf for any other."""
@@ -145,6 +154,7 @@ class Deployment:
             del self.instances[instance.id]
             del self._addresses[instance.id]
             self._ready_at_s.pop(instance.id, None)
+            self._begun.pop(instance.id, None)
             self._ordered_mhz.pop(instance.id, None)
             self._views.pop(instance.id, None)
             self.placement.release(instance.gpus)

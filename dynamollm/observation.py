@@ -32,7 +32,10 @@ class _Live:
 
 
 class Observer:
-    """One look after another; ``on_outcome`` belongs among the gateway's observers."""
+    """One look after another; ``on_outcome`` belongs among the gateway's observers.
+
+    ``on_first_token`` is told before the router is.
+    """
 
     def __init__(
         self,
@@ -56,10 +59,20 @@ class Observer:
         self._worst: dict[str, float] = {}  # largest share of an SLO used since the last look, by instance
         self._ready_at_s: dict[str, float] = {}
 
+    def on_first_token(self, request_id: str, now_s: float) -> None:
+        """Take in a first token: a late one shows before its request ends."""
+        flight = self._router.fleet.flights.get(request_id)
+        if flight is not None and not flight.started:
+            request = flight.request
+            self._saw(flight.instance_id, (now_s - request.arrival_s) / request.slo.ttft_s)
+
     def on_outcome(self, outcome: Outcome) -> None:
         """Take in how a request ended."""
-        if outcome.instance_id is not None and (share := slo_share(outcome)) is not None:
-            self._worst[outcome.instance_id] = max(share, self._worst.get(outcome.instance_id, 0.0))
+        if outcome.instance_id is not None and (share := tbt_share(outcome)) is not None:
+            self._saw(outcome.instance_id, share)
+
+    def _saw(self, instance_id: str, share: float) -> None:
+        self._worst[instance_id] = max(share, self._worst.get(instance_id, 0.0))
 
     def observe(self, now_s: float) -> Observation:
         """Everything since the last look."""
@@ -95,7 +108,7 @@ class Observer:
         nodes = deployment.placement.nodes
         names = tuple(nodes)
         lost = deployment.lost_nodes()
-        instances = list(deployment.instances.values())
+        instances = deployment.in_order()
         live = self._live()
         rows = [live.get(i.id, _Live()) for i in instances]
         given = np.array([_since(row.given, self._given.get(i.id)) for row, i in zip(rows, instances, strict=True)])
@@ -139,18 +152,12 @@ class Observer:
         }
 
 
-def slo_share(outcome: Outcome) -> float | None:
-    """The larger share of its SLO that a request used, TTFT or mean time between tokens; None where it is not known."""
-    if outcome.first_token_s is None or outcome.cancelled:
+def tbt_share(outcome: Outcome) -> float | None:
+    """The share of its TBT SLO that a stream's mean gap used; None where it is not known."""
+    if outcome.first_token_s is None or outcome.cancelled or not outcome.fields.stream:
         return None
-    request = outcome.request
-    if not outcome.fields.stream:  # its first token was not seen
-        return None
-    share = (outcome.first_token_s - request.arrival_s) / request.slo.ttft_s
     gaps = (outcome.completion_tokens or 1) - 1
-    if gaps > 0:
-        share = max(share, (outcome.ended_s - outcome.first_token_s) / gaps / request.slo.tbt_s)
-    return share
+    return (outcome.ended_s - outcome.first_token_s) / gaps / outcome.request.slo.tbt_s if gaps > 0 else None
 
 
 def _since(now: Sequence[int], before: Sequence[int] | None) -> list[int]:

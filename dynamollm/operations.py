@@ -1,7 +1,8 @@
 """Operations: carries a controller's actions out on the running cluster without harming a request.
 
 Every action names the state that shall hold, so doing one twice does nothing the second time. Actions on one instance
-are done in the order they were given, others side by side. An action of a plan older than the newest seen is refused;
+are done in the order they were given, others side by side; clocks have an order of their own, so that they follow at
+once while an instance drains. An action of a plan older than the newest seen is refused;
 one that is not done by its deadline is abandoned, with the reason kept for people to read. Drivers may fail: what they
 refuse is tried again until the deadline.
 
@@ -92,7 +93,7 @@ class Operations:
                 self._record(action, Outcome.STALE, now_s, f"plan {action.plan}, newest seen {self.newest}")
                 continue
             self.newest = action.plan
-            touched = _instances_of(action)
+            touched = _touched(action)
             before = [self._last_of[i] for i in touched if i in self._last_of]
             task = asyncio.create_task(self._carry_out(action, before, now_s))
             self._running.add(task)
@@ -266,11 +267,14 @@ class Operations:
         self.counts[key] = self.counts.get(key, 0) + 1
 
 
-def _instances_of(action: Action) -> tuple[str, ...]:
+def _touched(action: Action) -> tuple[str, ...]:
+    """What an action must have to itself: instances, the routes, a clock."""
     match action:
         case Reshard():
             return (*action.retire, *(order.instance_id for order in action.create))
         case Route():
             return ("",)  # routes follow one another
+        case SetFrequency():
+            return (f"{action.instance_id} clock",)  # one that drains may yet need another
         case _:
             return (action.instance_id,)

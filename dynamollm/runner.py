@@ -125,7 +125,7 @@ class Runner:
         """Start an instance and watch it. Raises ``DriverError``; its GPUs are then free again."""
         self._specs[spec.id] = spec
         self._started_s[spec.id] = self._clock()
-        self._deployment.expect_ready(spec.id, self._clock() + self.startup_s)
+        self._deployment.begin_start(spec, self._clock() + self.startup_s)
         try:
             instance = await self._driver.start(spec)
         except DriverError:

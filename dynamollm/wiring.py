@@ -75,9 +75,17 @@ class Application:
     clock: Callable[[], float]
 
 
-def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Application:
-    """Put the application together; starts nothing. Raises ``UserError`` for a profile or a file it cannot use."""
-    driver = build_driver(settings)
+def build(
+    settings: Settings,
+    clock: Callable[[], float] = monotonic_s,
+    driver: InstanceDriver | None = None,
+    controller: AsyncController | None = None,
+) -> Application:
+    """Put the application together; starts nothing. Raises ``UserError`` for a profile or a file it cannot use.
+
+    ``driver`` and ``controller`` stand in for those that the settings ask for.
+    """
+    driver = driver or build_driver(settings)
     deployment = Deployment(settings, load_profiles(settings), driver.lost_nodes)
     router = Router(router_limits(settings.limits))
     probe = HttpEngineProbe()
@@ -89,7 +97,7 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
     metering = Metering(meter, ledger, HeldGpus(deployment), clock) if meter else None
     power_w = metering.power_w if metering else dict
     observer = Observer(deployment, router, clock(), power_w, lambda: runner.seen_start_s)
-    controller = build_controller(settings)
+    controller = controller or build_controller(settings)
     estimator = TokenEstimator(settings.slo.cuts)
     predictor = RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts))
     lengths = GatewayLengths(predictor)
@@ -109,7 +117,7 @@ def build(settings: Settings, clock: Callable[[], float] = monotonic_s) -> Appli
         deployment=deployment,
         runner=runner,
         services=GatewayServices(
-            router=AccountedRouter(router, ledger),
+            router=AccountedRouter(router, ledger, observer.on_first_token),
             directory=deployment,
             tokens=InputCounter(estimator, load_tokenizers(settings)),
             lengths=lengths,

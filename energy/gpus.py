@@ -34,6 +34,12 @@ class GpuPhysics:
     issue_mhz: float  # clock at which SM issue would stretch memory traffic by 2^(1/4)
     idle_origin: str = "physical assumption"  # where bare_w and loaded_w come from
 
+    def supported(self, sm_clock_mhz: float) -> int:
+        """The clock the board runs at when asked for this one: the nearest of its steps."""
+        clock_mhz = min(max(sm_clock_mhz, self.min_clock_mhz), self.max_clock_mhz)
+        steps = round((clock_mhz - self.min_clock_mhz) / self.clock_step_mhz)
+        return min(self.min_clock_mhz + steps * self.clock_step_mhz, self.max_clock_mhz)
+
     def voltage(self, sm_clock_mhz: float) -> float:
         """Core voltage relative to that at the maximum clock."""
         above = max(0.0, sm_clock_mhz - self.knee_mhz) / (self.max_clock_mhz - self.knee_mhz)

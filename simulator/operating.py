@@ -1,5 +1,7 @@
 """OperatingPoints: the (TP, clock) pairs of a profile as one table of coefficients for the compiled loop."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from energy.profile import EnergyProfile, StepCoefficients
@@ -7,11 +9,13 @@ from simulator.world import COEFFICIENTS, F
 
 
 class OperatingPoints:
-    """Every TP of a profile at every one of its clocks."""
+    """Every TP of a profile at every one of its clocks, or at the supported clock nearest to it."""
 
-    def __init__(self, profile: EnergyProfile) -> None:
+    def __init__(
+        self, profile: EnergyProfile, supported_mhz: Callable[[int], int] = lambda asked_mhz: asked_mhz
+    ) -> None:
         pairs = [(tp, clock) for tp in profile.tensor_parallel for clock in profile.sm_clocks_mhz]
-        self._steps = [profile.step(tp, clock) for tp, clock in pairs]
+        self._steps = [profile.step(tp, supported_mhz(clock)) for tp, clock in pairs]
         self._index = {pair: index for index, pair in enumerate(pairs)}
         self._name = profile.name
         self.table: F = np.array([tuple(step) for step in self._steps], dtype=COEFFICIENTS)

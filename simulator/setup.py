@@ -1,5 +1,6 @@
 """SimulationSetup: everything about the pretend world that is not the workload and not the policy. Values only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from energy.profile import EnergyProfile
@@ -9,6 +10,10 @@ from pools.scoring import Weights
 from simulator.batching import EngineLimits
 from simulator.delays import Delays
 from simulator.prediction import LengthPrediction
+
+
+def _as_asked(sm_clock_mhz: int) -> int:
+    return sm_clock_mhz
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,7 @@ class SimulationSetup:
     )  # late counts as late, not as refused
     prediction: LengthPrediction = field(default_factory=LengthPrediction)
     empty_nodes_off: bool = True  # a node without instances draws nothing and is not paid for
+    supported_mhz: Callable[[int], int] = _as_asked  # the clock a GPU runs at for one that is ordered
     sample_s: float = 60.0  # of the series kept for plots
 
     @property

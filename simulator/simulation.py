@@ -72,7 +72,7 @@ class Simulation:
         self.now_s = 0.0
         self._rng = np.random.default_rng(seed)
         self._functions = compiled()
-        points = OperatingPoints(setup.profile)
+        points = OperatingPoints(setup.profile, setup.supported_mhz)
         self.world: World = make_world(points.table)
         self.world.routing.policy[:] = (
             setup.weights.spread,

@@ -2,12 +2,15 @@
 
 When every task waits for a timer, the loop's clock jumps to the next one instead of sleeping, so an hour of back-offs
 and ticks runs in milliseconds and in the same order every time. Sockets and threads still work, in real time: the
-clock jumps only where nothing is ready. For tests and for the parity of live control with the simulator; never serves.
+clock jumps only where nothing is ready. A kernel may take its time to carry bytes over TCP, even to itself, and the
+clock would jump meanwhile; so a connection to a server of the same loop is a pair of sockets, whose bytes are there at
+once. For tests and for the parity of live control with the simulator; never serves.
 """
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
+import socket
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,11 +39,39 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def __init__(self, start_s: float = 0.0) -> None:
         self._start_s = start_s
         self._jumping = _JumpingSelector()
+        self._served: dict[int, tuple[asyncio.Server, Callable[[], asyncio.BaseProtocol]]] = {}  # by port
         super().__init__(self._jumping)
 
     def time(self) -> float:
         """Virtual seconds."""
         return self._start_s + self._jumping.jumped_s
+
+    async def create_server(
+        self, protocol_factory: Callable[[], asyncio.BaseProtocol], *arguments: Any, **options: Any
+    ) -> asyncio.Server:
+        """As any loop; remembered by port."""
+        server = await super().create_server(protocol_factory, *arguments, **options)
+        for listener in server.sockets:
+            if listener.family in (socket.AF_INET, socket.AF_INET6):
+                self._served[listener.getsockname()[1]] = server, protocol_factory
+        return server
+
+    async def create_connection(
+        self,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        host: str | None = None,
+        port: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """As any loop; to a server of its own, over a pair of sockets. Raises ``OSError``."""
+        server, accept = self._served.get(port or 0, (None, None))
+        if server is None or accept is None or not server.is_serving():
+            return await super().create_connection(protocol_factory, host, port, **options)  # type: ignore[arg-type]
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        far.setblocking(False)
+        await self.connect_accepted_socket(accept, far)
+        return await super().create_connection(protocol_factory, sock=near)
 
 
 def run(main: Coroutine[Any, Any, T], start_s: float = 0.0) -> T:

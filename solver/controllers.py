@@ -48,7 +48,7 @@ from solver.policies import Policy
 READY = STATE_CODE[InstanceState.READY]
 STARTING = STATE_CODE[InstanceState.STARTING]
 DRAINING = STATE_CODE[InstanceState.DRAINING]
-_SECOND_CHECK_S = 0.5  # ticks nearer than this are one
+_SECOND_CHECK_S = 0.5  # moments nearer than this are one
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ class PlanningController:
         """Whether what comes outgrows the plan, so that waiting for the next would cost SLOs."""
         if not self.policy.joint or self.policy.static or self._planned_for is None:
             return False
-        if observation.now_s < self._planned_at_s + self._settings.least_gap_s:
+        if observation.now_s < self._planned_at_s + self._settings.least_gap_s - _SECOND_CHECK_S:
             return False
         work = self._work_of(self._recent_rps) - self._settings.surge * self._work_of(self._planned_for.reserve_rps)
         return bool(work > 0.0)

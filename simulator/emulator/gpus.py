@@ -121,9 +121,7 @@ class EmulatedGpu:
 
     def snap(self, sm_clock_mhz: float) -> int:
         """The supported clock nearest to this one."""
-        p = self.physics
-        steps = round((min(max(sm_clock_mhz, p.min_clock_mhz), p.max_clock_mhz) - p.min_clock_mhz) / p.clock_step_mhz)
-        return min(p.min_clock_mhz + steps * p.clock_step_mhz, p.max_clock_mhz)
+        return self.physics.supported(sm_clock_mhz)
 
     def lock(self, sm_clock_mhz: float | None) -> int:
         """Lock the SM clock (None: reset the lock); returns the clock in force."""

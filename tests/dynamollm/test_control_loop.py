@@ -87,7 +87,7 @@ def loop_for(
 
 def test_it_looks_and_acts_when_the_controller_asks_for_it():
     loop, applied, looked = loop_for(EveryTen(), 35.0)
-    assert looked == [0.0, 10.0, 20.0, 30.0]
+    assert looked == [0.0, 0.0, 10.0, 20.0, 30.0], "once to begin counting, then at every tick"
     assert applied == ["1", "3"]
     assert [record.at_s for record in loop.decisions] == [0.0, 20.0]
     assert loop.ticks == 4
@@ -95,14 +95,14 @@ def test_it_looks_and_acts_when_the_controller_asks_for_it():
 
 def test_it_watches_before_it_decides():
     _, _, looked = loop_for(EveryTen(), 95.0, warm_up_s=60.0)
-    assert looked == [60.0, 70.0, 80.0, 90.0]
+    assert looked == [0.0, 60.0, 70.0, 80.0, 90.0]
 
 
 def test_a_lost_controller_is_begun_again_and_the_cluster_waits():
     controller = EveryTen(lost_at=(2,))
     loop, applied, looked = loop_for(controller, 35.0)
     assert controller.begun == 2
-    assert looked == [0.0, 10.0, 11.0, 21.0, 31.0]
+    assert looked == [0.0, 0.0, 10.0, 11.0, 21.0, 31.0]
     assert applied == ["1", "3", "5"]
     assert loop.ticks == 4
 

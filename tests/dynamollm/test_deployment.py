@@ -133,3 +133,18 @@ def test_it_follows_another_deployment_as_that_is_now(profile):
     assert after.version > view.version
     assert "ll-1" not in {v.instance.id for v in after.instances}
     assert (follower.address("ll-1"), after.shares) == (None, {})
+
+
+def test_instances_are_in_the_order_their_starts_were_asked_for_and_show_the_clock_ordered(deployment):
+    first, second = deployment.specify("SS"), deployment.specify("SM", sm_clock_mhz=800)
+    deployment.begin_start(first, 60.0)
+    deployment.begin_start(second, 60.0)
+    deployment.put(dataclasses.replace(started(second), sm_clock_mhz=795))  # ready first; the GPU rounds
+    deployment.put(started(first))
+    assert [instance.id for instance in deployment.in_order()] == [first.id, second.id]
+    assert deployment.ordered_sm_clock_mhz(second.id) == 800
+    deployment.change(InstanceEvent(first.id, InstanceState.STOPPED))
+    again = deployment.specify("SS")
+    deployment.begin_start(again, 90.0)
+    deployment.put(started(again))
+    assert [instance.id for instance in deployment.in_order()] == [second.id, again.id]

@@ -8,7 +8,7 @@ import pytest
 
 from dynamollm.adapters.configuration import load
 from dynamollm.deployment import Deployment
-from dynamollm.observation import CLASSES, Observer, slo_share
+from dynamollm.observation import CLASSES, Observer, tbt_share
 from energy.adapters.catalogue import load_profile
 from pools.classes import RequestClass, Slo
 from pools.instances import Instance, InstanceState
@@ -110,20 +110,32 @@ def test_the_cluster_is_described_as_it_is():
 def test_slack_is_the_worst_seen_since_the_last_look():
     world = World()
     a, b = world.send("a", RequestClass.SS, 0.0), world.send("b", RequestClass.SS, 0.0)
-    world.observer.on_outcome(outcome(a, first_s=0.5, ended_s=1.5, tokens=21))  # TTFT 1/4, TBT 1/2 of the SLO
-    world.observer.on_outcome(outcome(b, first_s=1.8, ended_s=2.0, tokens=21))  # TTFT 9/10
+    world.observer.on_outcome(outcome(a, first_s=0.5, ended_s=1.5, tokens=21))  # TBT 1/2 of the SLO
+    world.observer.on_outcome(outcome(b, first_s=1.8, ended_s=2.0, tokens=21))  # TBT 1/10
     views = world.observer.observe(5.0).cluster.instances
-    assert views.slo_slack[views.ids.index("ss-1")] == pytest.approx(0.1)
+    assert views.slo_slack[views.ids.index("ss-1")] == pytest.approx(0.5)
+    assert np.isnan(world.observer.observe(10.0).cluster.instances.slo_slack).all()
+
+
+def test_a_late_first_token_shows_before_its_request_ends_and_once():
+    world = World()
+    world.send("a", RequestClass.SS, 0.0)
+    world.observer.on_first_token("a", 3.0)  # of 2 s promised
+    world.router.on_first_token("a", 3.0)
+    views = world.observer.observe(5.0).cluster.instances
+    assert views.slo_slack[views.ids.index("ss-1")] == pytest.approx(-0.5)
+    world.observer.on_first_token("a", 6.0)
+    world.observer.on_first_token("unknown", 6.0)
     assert np.isnan(world.observer.observe(10.0).cluster.instances.slo_slack).all()
 
 
 def test_what_says_nothing_of_latency_is_left_out():
     request = World().send("a", RequestClass.SS, 0.0)
-    assert slo_share(outcome(request, 0.5, 1.5, 21)) == pytest.approx(0.5)
-    assert slo_share(outcome(request, 0.5, 1.5, 1)) == pytest.approx(0.25)
-    assert slo_share(outcome(request, 0.5, 1.5, 21, stream=False)) is None
-    assert slo_share(outcome(request, 0.5, 1.5, 21, cancelled=True)) is None
-    assert slo_share(outcome(request, 0.5, 1.5, 21, first_token_s=None)) is None
+    assert tbt_share(outcome(request, 0.5, 1.5, 21)) == pytest.approx(0.5)
+    assert tbt_share(outcome(request, 0.5, 1.5, 1)) is None
+    assert tbt_share(outcome(request, 0.5, 1.5, 21, stream=False)) is None
+    assert tbt_share(outcome(request, 0.5, 1.5, 21, cancelled=True)) is None
+    assert tbt_share(outcome(request, 0.5, 1.5, 21, first_token_s=None)) is None
 
 
 def test_the_controller_is_told_how_long_starts_take_once_one_was_seen():
@@ -144,7 +156,7 @@ def test_an_empty_cluster_can_be_observed():
 def test_one_that_starts_says_when_it_should_be_ready():
     world = World()
     spec = world.deployment.specify("SS")
-    world.deployment.expect_ready(spec.id, 60.0)
+    world.deployment.begin_start(spec, 60.0)
     world.deployment.put(Instance(spec.id, "SS", spec.shape, "http://h:2", InstanceState.STARTING, 1980, spec.gpus))
     views = world.observer.observe(5.0).cluster.instances
     assert views.ready_at_s[views.ids.index(spec.id)] == 60.0

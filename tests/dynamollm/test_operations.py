@@ -318,3 +318,18 @@ def test_closing_leaves_nothing_under_way():
         assert world.operations.busy == 0
 
     in_world(scenario)
+
+
+def test_the_clock_follows_at_once_while_an_instance_drains():
+    async def scenario(world: World) -> None:
+        world.router.held["ss-1"] = 3
+        clocks = [SetFrequency(deadline_s=600.0, instance_id="ss-1", sm_clock_mhz=mhz) for mhz in world.clocks[:2]]
+        world.operations.apply([ScaleIn(deadline_s=600.0, instance_id="ss-1"), *clocks])
+        await asyncio.sleep(1)
+        assert world.state("ss-1") is InstanceState.DRAINING
+        assert world.deployment.instances["ss-1"].sm_clock_mhz == world.clocks[1], "in the order given"
+        world.router.held["ss-1"] = 0
+        await world.operations.settled()
+        assert world.outcomes() == [Outcome.DONE] * 3
+
+    in_world(scenario)

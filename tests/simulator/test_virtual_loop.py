@@ -4,6 +4,8 @@ import asyncio
 import socket
 import threading
 
+import pytest
+
 from simulator.virtual_loop import run
 
 
@@ -49,3 +51,34 @@ def test_sockets_work():
         return await reader.read()
 
     assert run(main()) == b"hello"
+
+
+def test_a_server_of_the_loop_is_reached_before_the_clock_moves():
+    """Over TCP the kernel may deliver late, and a timer a millisecond away would fire first."""
+    heard: list[tuple[str, float]] = []
+
+    async def main() -> None:
+        clock = asyncio.get_running_loop().time
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heard.append(((await reader.readline()).decode(), clock()))
+            writer.write(b"world\n")
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        ticking = asyncio.create_task(asyncio.sleep(0.001))
+        for _ in range(200):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"hello\n")
+            assert await reader.read() == b"world\n"
+            writer.close()
+        assert not ticking.done()
+        server.close()
+        await server.wait_closed()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+
+    run(main())
+    assert heard == [("hello\n", 0.0)] * 200
