@@ -391,6 +391,8 @@ class SimulatedCluster:
 
         def create(at_s: float) -> None:
             for order in action.create:
+                if order.instance_id in self.instances:  # ordered twice
+                    continue
                 node = self.node_names.index(order.node)
                 if self.free[node] < order.tp:
                     self._waiting_starts.append((order, at_s))
