@@ -16,8 +16,8 @@ class GatewayLengths:
         self._predictor = predictor
 
     def output_tokens(self, fields: RequestFields, model: str, input_tokens: int, tenant: str) -> float:
-        """Predicted tokens of the answer."""
-        return self._predictor.predict(_features(fields, model, input_tokens, tenant))
+        """Tokens of the answer to plan with."""
+        return self._predictor.predict(_features(fields, model, input_tokens, tenant)).tokens
 
     def learn(self, outcome: Outcome) -> None:
         """Take in an answer that ended by itself; one cut short says nothing of its length."""
@@ -49,4 +49,8 @@ def _features(fields: RequestFields, model: str, input_tokens: int, tenant: str)
         structured=fields.structured,
         thinking=fields.thinking,
         tenant=tenant,
+        tier=fields.service_tier,
+        tool_choice=fields.tool_choice,
+        system=fields.system,
+        turn=fields.turn,
     )

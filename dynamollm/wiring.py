@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,8 @@ from pools.drivers.attach import AttachDriver
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
 from pools.drivers.port import InstanceDriver
 from pools.drivers.vllm import VllmDriver
-from pools.lengths import RunningLengths, RunningLengthsLimits
+from pools.learned_lengths import LearnedLengths, LengthLimits
+from pools.length_costs import LengthCosts
 from pools.queue import QueueLimits
 from pools.router import Router, RouterLimits
 from pools.tokens import ExactTokens, InputCounter, TokenEstimator
@@ -99,7 +101,7 @@ def build(
     observer = Observer(deployment, router, clock(), power_w, lambda: runner.seen_start_s)
     controller = controller or build_controller(settings)
     estimator = TokenEstimator(settings.slo.cuts)
-    predictor = RunningLengths(RunningLengthsLimits(cuts=settings.slo.cuts))
+    predictor = LearnedLengths(length_limits(settings))
     lengths = GatewayLengths(predictor)
     persistence = Persistence(
         build_store(settings.store), {"tokens": estimator, "lengths": predictor, "ledger": ledger}
@@ -289,6 +291,16 @@ def build_meter(driver: InstanceDriver) -> GpuMeter | None:
         return (await driver.agent_urls()).values()
 
     return AgentMeter(addresses)
+
+
+def length_limits(settings: Settings) -> LengthLimits:
+    """What bounds length prediction, and what its errors cost; without a capacity table all cost the same."""
+    costs = {}
+    for model in settings.models:
+        with suppress(ProfileError):
+            costs[model.name] = LengthCosts.of(load_capacity(model.profile))
+    contexts = {model.name: model.max_model_len for model in settings.models}
+    return LengthLimits(cuts=settings.slo.cuts, costs=costs, context_tokens=contexts)
 
 
 def router_limits(limits: LimitSettings) -> RouterLimits:

@@ -24,7 +24,7 @@ _NULL = Raw(b"null")
 _Number = int | float | str | None
 _BRACKET = ord("[")
 _USER, _SYSTEM, _DEVELOPER = Raw(b'"user"'), Raw(b'"system"'), Raw(b'"developer"')
-OPENING_BYTES, ENDING_BYTES = 256, 128
+OPENING_BYTES, ENDING_BYTES = 128, 64
 """What is kept of the last user turn, so that no prompt makes length prediction dearer."""
 _TURNS_BACK = 8  # messages looked through for the user's last; those after it are tool calls and their results
 _SYSTEM_BYTES = 1024  # of a system prompt, to know it again by

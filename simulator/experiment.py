@@ -6,6 +6,7 @@ for, from the workload itself: they know their future. ``clairvoyant`` is not ru
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,11 +14,12 @@ import numpy as np
 from energy.capacity import CapacityTable
 from energy.profile import EnergyProfile, GpuState
 from pools.classes import REQUEST_CLASSES, ClassSlos
+from pools.length_costs import LengthCosts
 from pools.scoring import Weights
 from pools.view import PoolView
 from simulator.batching import EngineLimits
 from simulator.delays import Delays
-from simulator.prediction import LengthPrediction
+from simulator.prediction import Foresight, LearnedLengthsForesight
 from simulator.setup import PoolSetup, SimulationSetup
 from simulator.workload.arrivals import Workload
 from simulator.world import ROWS
@@ -33,13 +35,14 @@ from solver.control import (
     Tick,
 )
 from solver.controllers import ControlSettings, PlanningController
-from solver.forecast import Forecast
+from solver.forecast import Forecast, KnownForecaster
 from solver.planner import ChangeCosts, ClusterCosts
 from solver.policies import Periods, Policy, policies
 
 GPUS_PER_NODE = 8
 BOUND_SLOT_S = 60.0
 BOUND_LOADS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
+KNOWN_SLOT_S = 60.0
 PEAK_WINDOW_S = 300.0  # static policies provide for the busiest five minutes of each class
 
 
@@ -53,7 +56,8 @@ class Scenario:
     spare_nodes: float = 0.5  # more that the other policies may take, as a share; empty ones are off
     delays: Delays = field(default_factory=Delays)
     slos: ClassSlos = field(default_factory=ClassSlos)
-    prediction: LengthPrediction = field(default_factory=LengthPrediction)
+    prediction: Foresight | None = None  # of output lengths; None: the product's own, from cold
+    known_loads: bool = False  # whether planners are told the loads to come, instead of forecasting them
     limits: EngineLimits = field(default_factory=lambda: EngineLimits(0))  # those that ``capacity`` was built for
     weights: Weights = field(default_factory=lambda: Weights(spread=0.5, margin=0.9))
     parking: bool = False  # whether engines can sleep
@@ -85,7 +89,7 @@ def prepare(scenario: Scenario, policy_name: str, workload: Workload) -> tuple[S
         pools=tuple(PoolSetup(pool.name, pool.request_class) for pool in pools),
         delays=scenario.delays,
         slos=scenario.slos,
-        prediction=scenario.prediction,
+        prediction=scenario.prediction or LearnedLengthsForesight(LengthCosts.of(scenario.capacity)),
         limits=scenario.limits,
         weights=scenario.weights,
         sample_s=scenario.sample_s,
@@ -103,6 +107,7 @@ def prepare(scenario: Scenario, policy_name: str, workload: Workload) -> tuple[S
         {profile.model: scenario.capacity},
         pools,
         settings=control_settings(scenario),
+        forecaster=KnownForecaster(known_loads(workload, scenario.slos)) if scenario.known_loads else None,
         provision=provision,
     )
     return setup, controller
@@ -140,6 +145,21 @@ def provision_for(workload: Workload, setup: SimulationSetup) -> Forecast:
     """The busiest ``PEAK_WINDOW_S`` of each class; reads the workload once."""
     rates = np.array(list(_class_rates(workload, setup.slos, PEAK_WINDOW_S).values()))
     return Forecast(rates.mean(axis=0), rates.max(axis=0))
+
+
+def known_loads(workload: Workload, slos: ClassSlos) -> Callable[[float, float], Forecast]:
+    """What a forecaster that knows the workload would say: the mean ahead, and the busiest minute of each class."""
+    by_minute = _class_rates(workload, slos, KNOWN_SLOT_S)
+    rates = np.zeros((max(by_minute, default=0) + 1, len(REQUEST_CLASSES)))
+    for minute, rate_rps in by_minute.items():
+        rates[minute] = rate_rps
+
+    def known(now_s: float, horizon_s: float) -> Forecast:
+        first = min(int(now_s // KNOWN_SLOT_S), len(rates) - 1)
+        ahead = rates[first : int((now_s + horizon_s) // KNOWN_SLOT_S) + 1]
+        return Forecast(ahead.mean(axis=0), ahead.max(axis=0))
+
+    return known
 
 
 def _class_rates(workload: Workload, slos: ClassSlos, slot_s: float) -> dict[int, FloatArray]:

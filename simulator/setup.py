@@ -9,7 +9,7 @@ from pools.queue import QueueLimits
 from pools.scoring import Weights
 from simulator.batching import EngineLimits
 from simulator.delays import Delays
-from simulator.prediction import LengthPrediction
+from simulator.prediction import Foresight, TrueLengths
 
 
 def _as_asked(sm_clock_mhz: int) -> int:
@@ -39,7 +39,7 @@ class SimulationSetup:
     queue: QueueLimits = field(
         default_factory=lambda: QueueLimits(1_000_000, ttl_s=600.0)
     )  # late counts as late, not as refused
-    prediction: LengthPrediction = field(default_factory=LengthPrediction)
+    prediction: Foresight = field(default_factory=TrueLengths)
     empty_nodes_off: bool = True  # a node without instances draws nothing and is not paid for
     supported_mhz: Callable[[int], int] = _as_asked  # the clock a GPU runs at for one that is ordered
     sample_s: float = 60.0  # of the series kept for plots

@@ -70,7 +70,7 @@ class Simulation:
         self.workload = workload
         self.controller = controller
         self.now_s = 0.0
-        self._rng = np.random.default_rng(seed)
+        self._foretell = setup.prediction.begin(setup.slos.cuts, np.random.default_rng(seed))
         self._functions = compiled()
         points = OperatingPoints(setup.profile, setup.supported_mhz)
         self.world: World = make_world(points.table)
@@ -162,7 +162,7 @@ class Simulation:
         outputs = requests.output_tokens.astype(np.int64)
         input_size = np.searchsorted(np.asarray(cuts.input_tokens), inputs, side="right")
         output_size = np.searchsorted(np.asarray(cuts.output_tokens), outputs, side="right")
-        predicted_size, predicted_tokens = self.setup.prediction.predict(outputs, cuts, self._rng)
+        predicted_size, predicted_tokens = self._foretell(requests)
         beyond = np.maximum(inputs / cuts.longest_input_tokens, 1.0)
         return Arrivals(
             arrival_s=requests.arrival_s.astype(np.float64),

@@ -17,7 +17,7 @@ from energy.adapters.catalogue import load_profile, profile_names
 from energy.profile import ProfileError
 from simulator.experiment import Scenario, prepare
 from simulator.grid import GRIDS
-from simulator.prediction import LengthPrediction
+from simulator.prediction import TrueLengths
 from simulator.results import RunResult
 from simulator.simulation import simulate
 from simulator.workload.adapters.catalogue import NAMED, open_workload
@@ -43,7 +43,23 @@ H100_USD_PER_HOUR = 2.25  # on-demand price seen in December 2025; --gpu-price f
 @click.option("--start", "start_s", type=click.FloatRange(min=0), default=0.0, help="Begin at this second.")
 @click.option("--duration", "duration_s", type=POSITIVE, help="Simulate this many seconds of the trace.")
 @click.option("--seed", type=int, default=0, help="Seed of all that is drawn.")
-@click.option("--accuracy", type=click.FloatRange(0, 1), default=1.0, help="Of the output-length predictor.")
+@click.option(
+    "--lengths",
+    type=click.Choice(["predicted", "true"]),
+    default="predicted",
+    show_default=True,
+    help="Output lengths as the product predicts them from the inputs', or known.",
+)
+@click.option(
+    "--accuracy", type=click.FloatRange(0, 1), help="Lengths are known, but the size named is right only this often."
+)
+@click.option(
+    "--loads",
+    type=click.Choice(["predicted", "known"]),
+    default="predicted",
+    show_default=True,
+    help="Loads to come as the product forecasts them, or known.",
+)
 @click.option("--grid", type=click.Choice(sorted(GRIDS)), default="CISO", show_default=True, help="For CO2.")
 @click.option("--gpu-price", type=POSITIVE, default=H100_USD_PER_HOUR, show_default=True, help="USD per GPU-hour.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("simulations"), show_default=True)
@@ -58,7 +74,9 @@ def command(
     start_s: float,
     duration_s: float | None,
     seed: int,
-    accuracy: float,
+    lengths: str,
+    accuracy: float | None,
+    loads: str,
     grid: str,
     gpu_price: float,
     out: Path,
@@ -76,12 +94,18 @@ def command(
         workload = _workload(trace, seed, rate_scale, start_s, duration_s)
     except (ProfileError, WorkloadError) as error:
         raise UserError(f"{error} (shipped profiles: {', '.join(profile_names())})") from None
-    scenario = replace(scenario, sample_s=max(10.0, workload.duration_s / 2000), prediction=LengthPrediction(accuracy))
+    scenario = replace(
+        scenario,
+        sample_s=max(10.0, workload.duration_s / 2000),
+        prediction=_lengths(lengths, accuracy),
+        known_loads=loads == "known",
+    )
+    settings = {"rate_scale": rate_scale, "lengths": lengths, "accuracy": accuracy, "loads": loads, "grid": grid}
     runs = []
     for name in policies.split(","):
         with libraries_to_stderr():
             result = _run(scenario, name.strip(), workload, seed, grid, gpu_price)
-        store_run(result, out, {"rate_scale": rate_scale, "accuracy": accuracy, "grid": grid})
+        store_run(result, out, settings)
         runs.append(result)
     if as_json:
         click.echo(json.dumps({"runs": [run.as_json() for run in runs]}))
@@ -89,6 +113,13 @@ def command(
         print_runs(runs, Console(width=max(Console().width, 120)))
     if plot:
         click.echo(f"plot: {plot_runs(runs, out)}", err=as_json)
+
+
+def _lengths(lengths: str, accuracy: float | None) -> TrueLengths | None:
+    """None: as the product predicts them."""
+    if accuracy is not None:
+        return TrueLengths(accuracy)
+    return TrueLengths() if lengths == "true" else None
 
 
 def _workload(trace: str, seed: int, rate_scale: float, start_s: float, duration_s: float | None) -> Workload:

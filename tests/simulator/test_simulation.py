@@ -13,7 +13,7 @@ from pools.scoring import Weights
 from simulator.batching import EngineLimits
 from simulator.delays import Delays
 from simulator.engine import Engine
-from simulator.prediction import LengthPrediction
+from simulator.prediction import TrueLengths
 from simulator.setup import PoolSetup, SimulationSetup
 from simulator.simulation import Simulation, simulate
 from simulator.workload.arrivals import Arrivals, recorded
@@ -210,7 +210,7 @@ def test_every_request_is_accounted_for_and_energy_covers_idling():
 
 def test_one_seed_gives_one_result():
     def once(seed):
-        setup = setup_of(nodes=2, prediction=LengthPrediction(accuracy=0.7))
+        setup = setup_of(nodes=2, prediction=TrueLengths(accuracy=0.7))
         simulation, _ = run(setup, requests(300, 10.0), {0.0: [start("a"), start("b", 1)]}, seed)
         return simulation.total_energy_j(), simulation.world.ledger.window_output.tolist()
 
@@ -361,7 +361,7 @@ def test_a_controller_is_shown_demand_load_slack_and_power():
 
 def test_mispredicted_lengths_are_routed_by_the_prediction_and_judged_by_the_truth():
     arrivals = Arrivals.of(np.arange(1, 201) * 0.5, [100] * 200, [10] * 200)
-    setup = setup_of(prediction=LengthPrediction(accuracy=0.6))
+    setup = setup_of(prediction=TrueLengths(accuracy=0.6))
     simulation, controller = run(setup, arrivals, {0.0: [start("a")], 110.0: []}, duration_s=120.0)
     assert simulation.world.ledger.finished[RequestClass.SS] == 200
     routed = controller.seen[-1].demand.requests

@@ -1,0 +1,65 @@
+"""LengthCosts: what it costs, in joules a request, to take an answer for shorter or longer than it turns out to be.
+
+Both errors are priced from the capacity table of the model, per input size:
+
+- an over-estimate keeps more capacity READY than is used: the difference of both classes' least energy a request;
+- an under-estimate is repaired at the highest clock (escalation), which costs more than the planned point; and the
+  share of its work that nobody planned for breaks the SLO, which makes that share of its energy wasted.
+
+Source of the two kinds of damage: DynamoLLM, mispredictions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from energy.capacity import CapacityTable
+from pools.classes import REQUEST_CLASSES, RequestClass
+
+SIZES = 3
+Row = tuple[float, float, float]
+EVEN: tuple[Row, ...] = ((0.0, 1.0, 2.0), (1.0, 0.0, 1.0), (2.0, 1.0, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class LengthCosts:
+    """``joules[input size][chosen output size][true output size]``; 0 where both are the same."""
+
+    joules: tuple[tuple[Row, ...], ...] = (EVEN,) * SIZES
+
+    def cheapest(self, input_size: int, shares: Row) -> int:
+        """The output size that costs least if the true one has these probabilities; of equals the smallest."""
+        a, b, c = shares
+        expected = [row[0] * a + row[1] * b + row[2] * c for row in self.joules[input_size]]
+        return expected.index(min(expected))
+
+    @staticmethod
+    def of(table: CapacityTable) -> "LengthCosts":
+        """The costs on this hardware; a class that the table cannot serve costs what the next shorter one does."""
+        least, top = _joules(table, slice(None)), _joules(table, slice(-1, None))
+        every = []
+        for i in range(SIZES):
+            classes = [RequestClass.of_sizes(i, o) for o in range(SIZES)]
+            plan = _filled([least[k] for k in classes])
+            rush = [max(a, b) for a, b in zip(_filled([top[k] for k in classes]), plan, strict=True)]
+            rows = [[plan[c] - plan[t] if c >= t else rush[t] - plan[c] for t in range(SIZES)] for c in range(SIZES)]
+            every.append(tuple((row[0], row[1], row[2]) for row in rows))
+        return LengthCosts(tuple(every))
+
+
+def _joules(table: CapacityTable, clocks: slice) -> list[float]:
+    """Least energy of one request of each class over TP, these clocks, and load; inf where none is served."""
+    rate = table.max_rate[:, clocks, :, None] * np.asarray(table.loads)[1:]
+    power_w = table.power[:, clocks, :, 1:]
+    with np.errstate(divide="ignore"):
+        joules = np.where(rate > 0.0, power_w / rate, np.inf)
+    return [float(joules[:, :, k].min()) for k in range(len(REQUEST_CLASSES))]
+
+
+def _filled(joules: list[float]) -> list[float]:
+    """Without gaps, and never falling: a longer answer is not cheaper."""
+    known, out = 0.0, []
+    for value in joules:
+        known = max(known, value) if np.isfinite(value) else known
+        out.append(known)
+    return out

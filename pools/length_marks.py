@@ -1,0 +1,70 @@
+"""Marks: a request's features as positions in one table of weights, by hashing.
+
+Words come from both ends of the last user turn and nowhere else, at most ``OPENING_WORDS`` + ``ENDING_WORDS`` of them,
+so a prompt written to be dear costs what any long prompt costs. Checksums, not Python's ``hash``: the same in every
+process and after a restart. No text is kept.
+"""
+
+import re
+from binascii import crc32
+from itertools import islice, pairwise
+from math import log2
+from typing import NamedTuple
+
+from pools.lengths import LengthFeatures
+
+TABLE = 1 << 16
+OPENING_WORDS = 16
+ENDING_WORDS = 10
+PAIRS = 4  # neighbours counted together, from the beginning on: how a request is put
+TURN_BYTES = 256  # read at most, whoever calls
+_WORD = re.compile(rb'\\[nrt"]|\\u[0-9a-f]{4}|[a-z\x80-\xff]{1,12}|[0-9]{1,4}|[^ a-z0-9\x80-\xff]')
+_MASK = TABLE - 1
+
+
+class Marks(NamedTuple):
+    """Positions in the table of weights."""
+
+    own: list[int]  # that only this tenant's requests have
+    shared: list[int]  # of the request's form
+    words: list[int]  # of its text; without repeats
+
+
+def coarse(input_tokens: int) -> int:
+    """An input's length to seven binary digits, 1.6 % at worst: what finer ones add was not seen to be worth it."""
+    inputs = max(input_tokens, 0)
+    cut = max(inputs.bit_length() - 7, 0)
+    return inputs >> cut << cut
+
+
+def marks_of(features: LengthFeatures) -> Marks:
+    """The marks of a request; what they say is told apart by model."""
+    salt = crc32(features.model.encode("utf-8", "surrogatepass"))
+    inputs = coarse(features.input_tokens)
+    form = features.tools | features.structured << 1 | features.thinking << 2
+    octaves = log2(inputs + 1.0)
+    tier = crc32((features.tier or "").encode("utf-8", "surrogatepass"))
+    tenant = crc32(features.tenant.encode("utf-8", "surrogatepass"), salt)
+    shared = [
+        crc32(b"i%d" % inputs, salt) & _MASK,
+        crc32(b"e%d" % int(8.0 * octaves), salt) & _MASK,
+        crc32(b"o%d.%d" % (int(octaves), form), salt) & _MASK,
+        crc32(b"f%d.%d.%d" % (form, features.tool_choice, tier), salt) & _MASK,
+    ]
+    own = [crc32(b"t", tenant) & _MASK, crc32(b"s%d.%d" % (features.system, form), tenant) & _MASK]
+    if features.system:
+        shared.append(crc32(b"s%d.%d" % (features.system, form), salt) & _MASK)
+    return Marks(own, shared, _words(features.turn, salt) if features.turn else [])
+
+
+def _words(turn: bytes, salt: int) -> list[int]:
+    opening, _, ending = turn[:TURN_BYTES].lower().partition(b"\0")
+    found = _WORD.finditer(opening)
+    first = [word[0] for word in islice(found, OPENING_WORDS)]
+    last = [word[0] for word in islice(_WORD.finditer(ending) if ending else found, ENDING_WORDS)]
+    at_first, at_last = crc32(b"w", salt), crc32(b"z", salt)
+    marks = {crc32(word, at_first) & _MASK for word in first}
+    marks.update([crc32(word, at_last) & _MASK for word in last])
+    marks.update([crc32(b"%b %b" % pair, salt) & _MASK for pair in pairwise(first[: PAIRS + 1])])
+    marks.add(crc32(b"l%d" % len(turn).bit_length(), salt) & _MASK)
+    return list(marks)

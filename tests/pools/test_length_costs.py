@@ -1,0 +1,73 @@
+"""What a wrong output size costs: from the table, never less than nothing, dearer when the answer is the longer."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from energy.adapters.capacity_file import load_capacity
+from energy.adapters.catalogue import profile_names
+from energy.capacity import CapacityTable, ClassLoad
+from pools.classes import REQUEST_CLASSES
+from pools.length_costs import LengthCosts
+
+
+def table(joules_by_class, top_factor=1.5, rates=None):
+    """One TP, two clocks; at the higher one a request costs ``top_factor`` as much."""
+    classes = tuple(ClassLoad(k.name, 100.0, 100.0, 1.0, 0.1) for k in REQUEST_CLASSES)
+    max_rate = np.ones((1, 2, 9)) if rates is None else np.broadcast_to(rates, (1, 2, 9)).astype(float)
+    power = np.empty((1, 2, 9, 2))
+    power[0, 0, :, :] = np.asarray(joules_by_class)[:, None]
+    power[0, 1, :, :] = top_factor * np.asarray(joules_by_class)[:, None]
+    other = np.zeros((1, 2, 9, 2))
+    return CapacityTable(
+        "t", "f", (2,), (800, 1980), classes, (0.0, 1.0), max_rate, other, other, other, other, other, power
+    )
+
+
+JOULES = [10.0, 40.0, 100.0, 20.0, 50.0, 110.0, 30.0, 60.0, 120.0]
+
+
+def test_errors_are_priced_by_hand():
+    costs = LengthCosts.of(table(JOULES)).joules[0]  # short inputs: 10, 40, 100 J, at the highest clock half more
+    assert costs[0] == pytest.approx((0.0, 1.5 * 40 - 10, 1.5 * 100 - 10))
+    assert costs[1] == pytest.approx((30.0, 0.0, 1.5 * 100 - 40))
+    assert costs[2] == pytest.approx((90.0, 60.0, 0.0))
+
+
+def test_what_nobody_serves_costs_what_the_next_shorter_does():
+    rates = [1, 1, 0, 1, 1, 1, 1, 1, 1]
+    costs = LengthCosts.of(table(JOULES, rates=rates)).joules[0]
+    assert costs[2][1] == 0.0
+    assert all(np.isfinite(costs).ravel())
+
+
+@given(
+    st.lists(st.floats(0.1, 1e4), min_size=9, max_size=9),
+    st.floats(0.5, 3.0),
+    st.lists(st.sampled_from([0.0, 1.0]), min_size=9, max_size=9),
+)
+def test_no_error_pays(joules, top_factor, rates):
+    costs = np.array(LengthCosts.of(table(joules, top_factor, rates)).joules)
+    assert np.isfinite(costs).all()
+    assert (costs >= 0.0).all()
+    assert (np.diagonal(costs, axis1=1, axis2=2) == 0.0).all()
+    for i in range(3):
+        for longer in range(3):
+            for shorter in range(longer):
+                assert costs[i, shorter, longer] >= costs[i, longer, shorter] - 1e-9
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_shipped_profiles_price_a_short_guess_higher(name):
+    costs = np.array(LengthCosts.of(load_capacity(name)).joules)
+    assert (costs[:, 0, 2] >= costs[:, 2, 0]).all()
+    assert (costs[:, 0, 1:] > 0.0).all()
+
+
+def test_the_cheapest_size_depends_on_the_odds():
+    costs = LengthCosts()
+    assert costs.cheapest(0, (0.8, 0.1, 0.1)) == 0
+    assert costs.cheapest(0, (0.45, 0.1, 0.45)) == 1  # the middle is off by one at most
+    assert costs.cheapest(2, (0.1, 0.1, 0.8)) == 2
+    assert costs.cheapest(1, (1.0, 0.0, 0.0)) == 0
