@@ -156,7 +156,9 @@ class Runner:
         elif event.state is InstanceState.FAILED:
             was = before.state.value if before else "unknown"
             log.warning("instance %s failed while %s: %s", after.id, was, event.reason or "no reason given")
-            self._replace_later(self._specs.pop(after.id))
+            spec = self._specs.pop(after.id)
+            if was != InstanceState.DRAINING.value:  # that one was to go anyway
+                self._replace_later(spec)
         self._check_settled()
 
     def _learn_start(self, took_s: float) -> None:

@@ -63,9 +63,9 @@ class World:
         return [record.outcome for record in self.operations.records]
 
 
-def in_world(scenario: Callable[[World], Awaitable[None]]) -> World:
+def in_world(scenario: Callable[[World], Awaitable[None]], kind: type[World] = World) -> World:
     async def main() -> World:
-        world = World()
+        world = kind()
         running = asyncio.create_task(world.runner.run())
         await world.runner.settled()
         await scenario(world)
