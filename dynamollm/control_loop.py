@@ -20,6 +20,7 @@ log = logging.getLogger("dynamollm.control")
 KEPT_DECISIONS = 200
 TICK_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 RESTART_S = 1.0
+FIRST_LOOK_S = 5.0  # an instance period: a look at no time at all shows nothing
 
 
 class ControllerLostError(Exception):
@@ -75,9 +76,9 @@ class ControlLoop:
         observe: Callable[[float], Observation],
         apply: Callable[[Iterable[Action]], None],
         clock: Callable[[], float],
-        warm_up_s: float = 0.0,
+        first_look_s: float = FIRST_LOOK_S,
     ) -> None:
-        """``warm_up_s``: how long to watch the traffic before the first decision."""
+        """``first_look_s``: how long to count before the first tick."""
         self.decisions: deque[TickRecord] = deque(maxlen=KEPT_DECISIONS)
         self.ticks = 0
         self.tick_s = Histogram("dynamollm_control_tick_seconds", "Observation to answer", (), TICK_BUCKETS_S)
@@ -88,12 +89,12 @@ class ControlLoop:
         self._observe = observe
         self._apply = apply
         self._clock = clock
-        self._warm_up_s = warm_up_s
+        self._first_look_s = first_look_s
 
     async def run(self) -> None:
         """Tick until cancelled."""
         self._observe(self._clock())  # what is counted begins now: before, the cluster was coming up
-        await asyncio.sleep(self._warm_up_s)
+        await asyncio.sleep(self._first_look_s)
         while True:
             try:
                 await self._tick_on()

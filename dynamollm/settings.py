@@ -129,7 +129,7 @@ class ControllerSettings:
 
     policy: Literal["static", "dynamollm", "dynamollm-paper", "scale-inst"] = "dynamollm"
     parked_w_per_gpu: Annotated[float, Field(ge=0, le=2000)] | None = None  # None: engines are stopped, never parked
-    warm_up_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0  # traffic is watched this long before the first plan
+    warm_up_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0  # of traffic to see before the first plan
     dwell_s: Seconds = 600.0  # how long a change is expected to last: over this time it must pay for itself
     transition_deadline_s: Seconds = 900.0  # a start or a drain that takes longer is abandoned
 

@@ -1,10 +1,11 @@
 """Twin: what `dynamollm serve` would do with a configuration, in virtual time. Values in, values out; starts nothing.
 
-The same nodes, the same instances to begin with, the same controller after the same warm-up, the same router weights
+The same nodes, the same instances to begin with, the same controller, first called as early, the same router weights
 and engine limits as the emulator's. What a simulation of it and the live cluster decide is compared in
 tests/dynamollm/test_parity.py; what differs by construction stands in docs/live-control.md.
 """
 
+from dynamollm.control_loop import FIRST_LOOK_S
 from dynamollm.deployment import Deployment, node_gpus
 from dynamollm.errors import UserError
 from dynamollm.settings import Settings
@@ -48,7 +49,7 @@ def twin(
         supported_mhz=gpu_physics(profile.gpu).supported,
         sample_s=10.0,
     )
-    return setup, RunningCluster(_instances(settings, profile), controller, settings.controller.warm_up_s)
+    return setup, RunningCluster(_instances(settings, profile), controller, FIRST_LOOK_S)
 
 
 def _instances(settings: Settings, profile: EnergyProfile) -> list[RunningInstance]:

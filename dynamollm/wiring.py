@@ -107,7 +107,7 @@ def build(
         build_store(settings.store), {"tokens": estimator, "lengths": predictor, "ledger": ledger}
     )
     metrics = GatewayMetrics()
-    control = ControlLoop(controller, observer.observe, operations.apply, clock, settings.controller.warm_up_s)
+    control = ControlLoop(controller, observer.observe, operations.apply, clock)
     for collector in (
         LedgerMetrics(ledger),
         FleetMetrics(deployment, router.in_flight),
@@ -222,6 +222,7 @@ def controller_recipe(settings: Settings) -> ControllerRecipe:
                 start_deadline_s=controller.transition_deadline_s, drain_deadline_s=controller.transition_deadline_s
             ),
             lead_s=startup_s,
+            history_s=controller.warm_up_s,
         ),
     )
 

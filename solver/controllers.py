@@ -63,6 +63,11 @@ class ControlSettings:
     escalation: EscalationSettings = field(default_factory=EscalationSettings)
     lead_s: float = 420.0
     """How far beyond its period a plan looks: what starts now is READY by then (background start for a peak)."""
+    history_s: float = 0.0
+    """How long traffic must have been seen before the first plan; a cluster period without any will do as well.
+
+    A forecast from a quiet start knows nothing of what comes, and a plan made of it drains what is needed next.
+    """
     standby_s: float = 0.0
     """How far ahead parked instances must cover the peak; 0: nothing is parked for later."""
     replan_change: float = 0.02
@@ -119,6 +124,8 @@ class PlanningController:
         self._planned_for: Forecast | None = None
         self._planned_at_s = float("-inf")
         self._recent_rps = np.zeros(CLASSES * len(tables))
+        self._seen_s = 0.0  # of traffic, from the first request on
+        self._began_s: float | None = None
         self._restriction = Restriction()
         self._capacity = np.ones(len(self._pools))
 
@@ -141,6 +148,8 @@ class PlanningController:
         levels = tick.levels
         if self._surges(observation):
             levels |= Level.JOINT
+        if levels & ~Level.INSTANCE and not self._knows_enough(observation):
+            levels &= Level.INSTANCE  # what is left out stays due
         if levels & ~Level.INSTANCE:
             notes += self._make_plan(levels, observation)
         actions = self._reconcile(now_s, observation.cluster)
@@ -161,8 +170,10 @@ class PlanningController:
         else:
             every |= {Level.POOL: periods.pool_s, Level.CLUSTER: periods.cluster_s}
         for level, period_s in every.items():
-            if levels & level or level not in self._due:
+            if levels & level:
                 self._due[level] = now_s + period_s
+            elif self._due.get(level, now_s) <= now_s + _SECOND_CHECK_S:  # held back: looked at again
+                self._due[level] = now_s + periods.instance_s
         at_s = min(self._due.values())
         due = Level(0)
         for level, when_s in self._due.items():
@@ -170,10 +181,23 @@ class PlanningController:
                 due |= level
         return Tick(at_s, due)
 
+    def _knows_enough(self, observation: Observation) -> bool:
+        """Whether the forecaster has seen enough for a first plan."""
+        now_s, settings = observation.now_s, self._settings
+        return (
+            self.plan is not None
+            or self._seen_s >= settings.history_s - _SECOND_CHECK_S
+            or (self._began_s is not None and now_s - self._began_s >= self.policy.periods.cluster_s)
+        )
+
     # --- planning ----------------------------------------------------------------------------------------------------
 
     def _follow_recent(self, observation: Observation) -> None:
         demand = observation.demand
+        if self._began_s is None:
+            self._began_s = observation.now_s
+        if self._seen_s > 0.0 or demand.requests.any():
+            self._seen_s += demand.window_s
         if demand.window_s > 0.0:
             keep = float(np.exp(-demand.window_s / self._settings.surge_memory_s))
             self._recent_rps = self._recent_rps * keep + (demand.requests / demand.window_s) * (1.0 - keep)

@@ -101,11 +101,12 @@ class _Differ:
         for pool, tp in sorted(matching.missing, key=lambda m: (-m[1], m[0])):
             self._start(pool, tp, occupancy, matching)
         swaps, starts, stops = self._swaps(matching)
+        coming = [*starts, *(order for swap in swaps for order in swap.create)]
         return (
             *self._relabel(matching),
             *swaps,
             *starts,
-            *self._stops(matching, stops, starts),
+            *self._stops(matching, stops, coming),
             *self._clock_changes(matching),
             self._route(),
         )
@@ -200,11 +201,11 @@ class _Differ:
 
     # --- what goes ---------------------------------------------------------------------------------------------------
 
-    def _swaps(self, matching: Matching) -> tuple[list[Action], list[ScaleOut], list[int]]:
+    def _swaps(self, matching: Matching) -> tuple[list[Reshard], list[ScaleOut], list[int]]:
         """Re-shards, the starts that are none, and the stops that are none.
 
-        Where a start waits for GPUs of instances of its node that go, both are one re-shard. Those beyond the staggered
-        share are left for the next diff.
+        Where a start waits for GPUs of instances of its node that go, both are one re-shard, of as few as make room:
+        the others serve until what replaces them is READY. Those beyond the staggered share are left for the next diff.
         """
         views = self.cluster.instances
         going: defaultdict[str, list[int]] = defaultdict(list)
@@ -214,19 +215,34 @@ class _Differ:
         for order in self.starts:
             if self.needs_room[self.cluster.node_names.index(order.node)] > 0:
                 waiting[order.node].append(order)
-        swaps: list[Action] = []
+        swaps: list[Reshard] = []
         swapped: set[int] = set()
         left = self._staggered() - int(np.count_nonzero(views.state == DRAINING))
         for node, orders in waiting.items():
             if not going[node]:
                 continue  # the GPUs come free by themselves: the driver waits for them
-            swapped.update(going[node])
             if left <= 0:
+                swapped.update(going[node])
                 continue
-            left -= len(going[node])
-            swaps.append(self._reshard(node, going[node], orders))
+            index = self.cluster.node_names.index(node)
+            retire = self._fewest(going[node], self.needs_room[index])
+            del self.needs_room[index]
+            swapped.update(retire)
+            left -= len(retire)
+            swaps.append(self._reshard(node, retire, orders))
         by_themselves = [order for order in self.starts if not (order.node in waiting and going[order.node])]
         return swaps, by_themselves, [i for i in matching.stop if i not in swapped]
+
+    def _fewest(self, going: Sequence[int], gpus: int) -> list[int]:
+        """Of instances that go, as few as hold this many GPUs; those that do not serve first."""
+        views = self.cluster.instances
+        chosen: list[int] = []
+        for i in sorted(going, key=lambda i: (views.state[i] == READY, -int(views.tp[i]), i)):
+            if gpus <= 0:
+                break
+            chosen.append(i)
+            gpus -= int(views.tp[i])
+        return chosen
 
     def _reshard(self, node: str, retire: Sequence[int], create: Sequence[ScaleOut]) -> Reshard:
         views = self.cluster.instances

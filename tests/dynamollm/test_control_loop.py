@@ -63,7 +63,7 @@ class EveryTen:
 
 
 def loop_for(
-    controller: EveryTen, seconds: float, warm_up_s: float = 0.0
+    controller: EveryTen, seconds: float, first_look_s: float = 0.0
 ) -> tuple[ControlLoop, list[str], list[float]]:
     applied: list[str] = []
     looked: list[float] = []
@@ -75,7 +75,7 @@ def loop_for(
     async def main() -> ControlLoop:
         clock = asyncio.get_running_loop().time
         loop = ControlLoop(
-            controller, observe, lambda actions: applied.extend(a.instance_id for a in actions), clock, warm_up_s
+            controller, observe, lambda actions: applied.extend(a.instance_id for a in actions), clock, first_look_s
         )
         task = asyncio.create_task(loop.run())
         await asyncio.sleep(seconds)
@@ -94,7 +94,7 @@ def test_it_looks_and_acts_when_the_controller_asks_for_it():
 
 
 def test_it_watches_before_it_decides():
-    _, _, looked = loop_for(EveryTen(), 95.0, warm_up_s=60.0)
+    _, _, looked = loop_for(EveryTen(), 95.0, first_look_s=60.0)
     assert looked == [0.0, 60.0, 70.0, 80.0, 90.0]
 
 
@@ -110,7 +110,9 @@ def test_a_lost_controller_is_begun_again_and_the_cluster_waits():
 @pytest.fixture
 def process():
     settings = load(None, {})
-    return ControllerProcess(controller_recipe(replace(settings, controller=ControllerSettings("dynamollm"))))
+    return ControllerProcess(
+        controller_recipe(replace(settings, controller=ControllerSettings("dynamollm", warm_up_s=0.0)))
+    )
 
 
 def test_the_real_controller_plans_in_a_process_of_its_own_and_comes_back_with_a_higher_epoch(process):

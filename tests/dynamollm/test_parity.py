@@ -31,7 +31,7 @@ def cluster() -> Settings:
     settings = load(None, {})
     nodes = tuple(NodeSettings(f"n{index}", "H100-SXM", 8) for index in range(4))
     driver = replace(settings.driver, startup_s=18.0)
-    return replace(settings, nodes=nodes, driver=driver, controller=replace(settings.controller, warm_up_s=30.02))
+    return replace(settings, nodes=nodes, driver=driver, controller=replace(settings.controller, warm_up_s=30.0))
 
 
 def surge() -> Arrivals:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dynamollm.adapters.configuration import load
+from dynamollm.control_loop import FIRST_LOOK_S
 from dynamollm.errors import UserError
 from dynamollm.settings import ModelSettings, NodeSettings
 from dynamollm.twin import twin
@@ -37,7 +38,7 @@ class EveryFive:
         return Effects((), Tick(observation.now_s + 5.0, Level.INSTANCE))
 
 
-def test_it_begins_with_the_configured_instances_and_is_decided_after_the_warm_up():
+def test_it_begins_with_the_configured_instances_and_is_decided_after_a_first_look():
     inner = EveryFive()
     settings = load(None, {})
     setup, controller = twin(settings, PROFILE, inner)
@@ -48,10 +49,10 @@ def test_it_begins_with_the_configured_instances_and_is_decided_after_the_warm_u
         (f"{pool.name.lower()}-1", pool.tp) for pool in settings.pools
     ]
     assert {a.node for a in effects.actions} <= {"n0", "n1", "n2", "n3"}
-    assert effects.next_tick.at_s == settings.controller.warm_up_s
-    assert controller.on_tick(effects.next_tick, observation(60.0)).next_tick.at_s == 65.0
-    controller.on_tick(Tick(65.0, Level.INSTANCE), observation(65.0))
-    assert inner.seen == [(60.0, Level.JOINT), (65.0, Level.INSTANCE)]
+    assert effects.next_tick.at_s == FIRST_LOOK_S
+    assert controller.on_tick(effects.next_tick, observation(5.0)).next_tick.at_s == 10.0
+    controller.on_tick(Tick(10.0, Level.INSTANCE), observation(10.0))
+    assert inner.seen == [(5.0, Level.JOINT), (10.0, Level.INSTANCE)]
 
 
 def test_a_cluster_nobody_controls_is_never_asked_again():

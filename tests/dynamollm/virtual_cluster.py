@@ -131,7 +131,8 @@ async def serve_virtually(settings: Settings, requests: Arrivals, until_s: float
     await application.runner.settled()
     assert application.metering is not None
     await application.metering.once()
-    await asyncio.sleep(TICK_S - clock() % TICK_S)  # where the gateway's own clock ticks
+    # where the gateway's own clock ticks, so that queues are looked at as in the simulator
+    await asyncio.sleep(TICK_S - clock() % TICK_S)
     began_j = await counted_j(application)
     served.began_s = clock()
     tasks = [running, asyncio.create_task(application.metering.run()), asyncio.create_task(application.control.run())]

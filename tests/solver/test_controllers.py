@@ -304,3 +304,29 @@ def test_a_known_forecast_and_a_power_budget_are_kept_to():
     )
     bound = world("dynamollm", forecaster=known, settings=settings).run(20.0 * MIX, 60.0)
     assert bound.controller.plan.power_w <= 0.8 * free.controller.plan.power_w * (1 + 1e-6)
+
+
+def planned_at(world):
+    return [at_s for at_s, effects in world.log if any(d.topic == "plan" for d in effects.diagnostics)]
+
+
+@pytest.mark.parametrize("policy", ["dynamollm", "dynamollm-paper"])
+def test_nothing_is_planned_before_enough_traffic_was_seen(policy):
+    world = World(policy, settings=ControlSettings(history_s=120.0))
+    world.run(np.zeros(9), 300.0)
+    assert planned_at(world) == []
+    assert len(world.log) > 50, "it looks every few seconds meanwhile"
+    world.run(20.0 * MIX, 500.0)
+    first_s = planned_at(world)[0]
+    assert 300.0 + 120.0 - 5.0 <= first_s <= 300.0 + 120.0 + 5.0
+    assert world.rows
+
+
+def test_a_cluster_without_traffic_is_planned_for_after_a_cluster_period():
+    world = World("dynamollm", settings=ControlSettings(history_s=120.0)).run(np.zeros(9), 2000.0)
+    assert planned_at(world)[0] == pytest.approx(1800.0, abs=5.0)
+
+
+def test_without_history_to_wait_for_the_first_tick_plans():
+    world = World("dynamollm").run(20.0 * MIX, 10.0)
+    assert planned_at(world)[0] == 0.0

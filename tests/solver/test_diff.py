@@ -108,6 +108,27 @@ def test_on_full_nodes_instances_become_others_in_place_and_a_few_at_a_time():
     assert reshards[0].transfers == ()  # two copies of all weights lie there: every rank keeps what it needs
 
 
+def test_no_more_instances_make_room_than_must():
+    """All of a node's at once would leave nobody to serve while their successors start."""
+    rows = [{"id": f"i{j}", "pool": LL, "tp": 4, "node": 0} for j in range(2)]
+    wanted = plan(group(LL, 2, 2))
+    actions = diff(wanted, cluster(rows, POOLS, nodes=1), 0.0, POOLS)
+    (swap,) = steps(actions, Reshard)
+    assert len(swap.retire) == 1
+    assert [order.tp for order in swap.create] == [2, 2]
+    assert not steps(actions, ScaleIn), "the other serves until they are READY"
+    (stays,) = {"i0", "i1"} - set(swap.retire)
+    successors = [
+        {"id": o.instance_id, "pool": LL, "tp": 2, "node": 0, "state": InstanceState.STARTING} for o in swap.create
+    ]
+    rows = [{"id": stays, "pool": LL, "tp": 4, "node": 0}, *successors]
+    assert not steps(diff(wanted, cluster(rows, POOLS, nodes=1), 5.0, POOLS), ScaleIn)
+    for row in successors:
+        row["state"] = InstanceState.READY
+    last = diff(wanted, cluster(rows, POOLS, nodes=1), 60.0, POOLS)
+    assert [a.instance_id for a in steps(last, ScaleIn)] == [stays]
+
+
 def test_a_fragmented_cluster_is_cleared_for_a_large_instance():
     rows = [{"id": f"i{n}", "pool": SS, "tp": 2, "node": n} for n in range(2)]
     actions = diff(plan(group(SS, 2, 2), group(LL, 8, 1)), cluster(rows, POOLS), 0.0, POOLS)
