@@ -1,7 +1,8 @@
 """Makes Llamas with random weights and a tokenizer trained on Python's own library: make_model.py SIZE DIRECTORY.
 
 Nothing is downloaded. The models say nothing sensible; they have the real architecture, tokenizer and chat format.
-SIZE is small (7 million parameters, 2 ms a step on one core) or nano (as quick as vLLM itself allows, long context).
+SIZE is small (7 million parameters, 2 ms a step on one core), medium (31 million, some 10 ms) or nano (as quick as
+vLLM itself allows, long context).
 """
 
 import json
@@ -21,6 +22,15 @@ SIZES = {
         "intermediate_size": 688,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+    },
+    "medium": {
+        "vocab_size": 8192,
+        "max_position_embeddings": 4096,
+        "num_hidden_layers": 8,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
     },
     "nano": {
         "vocab_size": 4096,

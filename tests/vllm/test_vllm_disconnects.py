@@ -2,6 +2,8 @@
 
 import contextlib
 import socket
+import statistics
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
@@ -10,6 +12,7 @@ import pytest
 from vllm_cluster import SEQUENCES, eventually
 
 ABORTED_WITHIN_S = 0.2
+OURS_S = 0.1  # at most, of the median: what the gateway adds to vLLM's own time, on a machine that may be busy
 TRIES = 5  # the machine may be busy with other things: what counts is what the gateway can do
 
 
@@ -32,19 +35,29 @@ def asked(url: str, body: dict[str, object]):
         yield connection
 
 
+def told(what: str, gateway_s: list[float], direct_s: list[float]) -> None:
+    """What vLLM itself takes is part of it: its gauges change with a step, and a scrape takes its time."""
+    for how, took_s in (("through the gateway", gateway_s), ("asked directly", direct_s)):
+        print(f"{what}, {how}: median {statistics.median(took_s) * 1e3:.0f} ms, worst {max(took_s) * 1e3:.0f} ms")
+
+
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "not streaming"])
 def test_a_running_request_ends_with_its_client(cluster, stream):
     short = cluster.engines[1]  # to ask both takes twice as long
-    took_s = []
-    for _ in range(TRIES):
-        eventually(lambda: short.running == 0, "the engine is idle")
-        with asked(cluster.url, cluster.body(stream=stream)) as connection:
-            eventually(lambda: short.running == 1, "an engine runs it")
-            if stream:
-                assert connection.recv(100)
-        took_s.append(eventually(lambda: short.running == 0, "the engine has dropped it"))
-    print("abort seen after", took_s, "s")
+
+    def aborts_s(url: str) -> Iterator[float]:
+        for _ in range(TRIES):
+            eventually(lambda: short.running == 0, "the engine is idle")
+            with asked(url, cluster.body(stream=stream)) as connection:
+                eventually(lambda: short.running == 1, "an engine runs it")
+                if stream:
+                    assert connection.recv(100)
+            yield eventually(lambda: short.running == 0, "the engine has dropped it")
+
+    took_s, direct_s = list(aborts_s(cluster.url)), list(aborts_s(short.url))
+    told("streaming" if stream else "not streaming", took_s, direct_s)
     assert min(took_s) < ABORTED_WITHIN_S, took_s
+    assert statistics.median(took_s) < statistics.median(direct_s) + OURS_S
 
 
 def test_a_request_that_waits_in_an_engine_ends_with_its_client(cluster):
@@ -53,15 +66,19 @@ def test_a_request_that_waits_in_an_engine_ends_with_its_client(cluster):
             for _ in range(SEQUENCES):
                 filled.enter_context(asked(engine.url, cluster.body(stream=True)))
         eventually(lambda: running(cluster) == 2 * SEQUENCES, "both engines are full")
-        took_s = []
-        for _ in range(2):
-            with asked(cluster.url, cluster.body(stream=True)):
-                eventually(lambda: waiting(cluster) == 1, "it waits in one of them")
-            took_s.append(eventually(lambda: waiting(cluster) == 0, "the engine has dropped it"))
-            assert running(cluster) == 2 * SEQUENCES
+
+        def aborts_s(url: str) -> Iterator[float]:
+            for _ in range(TRIES):
+                with asked(url, cluster.body(stream=True)):
+                    eventually(lambda: waiting(cluster) == 1, "it waits in one of them")
+                yield eventually(lambda: waiting(cluster) == 0, "the engine has dropped it")
+                assert running(cluster) == 2 * SEQUENCES
+
+        took_s, direct_s = list(aborts_s(cluster.url)), list(aborts_s(cluster.engines[1].url))
     eventually(lambda: running(cluster) == 0, "the engines are idle again")
-    print("abort of one that waited seen after", took_s, "s")
-    assert min(took_s) < 2 * ABORTED_WITHIN_S, took_s  # the engine tells only at its next step, and it is full
+    told("waiting in a full engine", took_s, direct_s)
+    assert min(took_s) < ABORTED_WITHIN_S, took_s
+    assert statistics.median(took_s) < statistics.median(direct_s) + OURS_S
 
 
 def test_the_gateway_forgets_it_too(cluster):
