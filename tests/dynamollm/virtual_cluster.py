@@ -21,7 +21,7 @@ from proxy.gateway import TICK_S
 from proxy.outcome import Outcome
 from proxy.serve import gateway_config, listen
 from simulator.emulator.adapters.process import EmulatorProcess, NodeOptions, ProcessOptions
-from simulator.prediction import LengthPrediction
+from simulator.prediction import TrueLengths
 from simulator.workload.arrivals import Arrivals
 from solver.control import Controller, Effects, Observation, Tick
 
@@ -81,11 +81,11 @@ class Foretold:
     """The length predictor of the simulator: it knows the size of an answer, and plans with the mean of that size."""
 
     def __init__(self, cuts: ClassCuts) -> None:
-        self._cuts = cuts
+        self._foretell = TrueLengths().begin(cuts, np.random.default_rng(0))
 
     def output_tokens(self, fields: RequestFields, model: str, input_tokens: int, tenant: str) -> float:
         assert fields.cap_tokens is not None
-        _, tokens = LengthPrediction().predict(np.array([fields.cap_tokens]), self._cuts, np.random.default_rng(0))
+        _, tokens = self._foretell(Arrivals.of([0.0], [input_tokens], [fields.cap_tokens]))
         return float(tokens[0])
 
 
