@@ -201,9 +201,9 @@ class Admission:
         models = self._services.directory.models()
         if name in models:
             return str(name)
-        if name is None and len(models) == 1:
+        if not name and len(models) == 1:  # an empty name is none, as it is to vLLM
             return next(iter(models))
-        if name is None:
+        if not name:
             raise errors.bad_request("The request names no model and several are served", "body.model")
         raise errors.model_not_found(name)
 

@@ -21,7 +21,7 @@ COMPLETION_PATH = b"/v1/completions"
 
 _ABSENT = Raw(b"")
 _NULL = Raw(b"null")
-_Number = int | float | str | None
+_Number = int | float | str | bool | None
 _BRACKET = ord("[")
 _USER, _SYSTEM, _DEVELOPER = Raw(b'"user"'), Raw(b'"system"'), Raw(b'"developer"')
 OPENING_BYTES, ENDING_BYTES = 128, 64
@@ -58,7 +58,6 @@ class _Body(msgspec.Struct):
     model: str | None = None
     stream: bool | int | str | None = None
     max_tokens: _Number = None
-    max_completion_tokens: _Number = None
     n: _Number = None
     priority: _Number = None
     service_tier: str | None = None
@@ -73,6 +72,7 @@ class _Body(msgspec.Struct):
 
 class _ChatBody(_Body):
     messages: list[_Message] = []
+    max_completion_tokens: _Number = None
 
 
 class _CompletionBody(_Body):
@@ -190,7 +190,7 @@ def _decoded(decoder: msgspec.json.Decoder[Any], body: bytes | Raw) -> Any:
 
 def _fields(body: Any, size: PromptSize, input_tokens: int | None, system: int = 0, turn: bytes = b"") -> RequestFields:
     options = body.stream_options
-    if body.max_completion_tokens is not None:
+    if body.__class__ is _ChatBody and body.max_completion_tokens is not None:
         cap_tokens = _integer(body.max_completion_tokens, "max_completion_tokens")
     else:
         cap_tokens = _integer(body.max_tokens, "max_tokens")
