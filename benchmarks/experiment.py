@@ -21,7 +21,7 @@ from benchmarks.simulation_plots import plot_runs
 from benchmarks.simulation_report import file_name, read_json, run_path, store_run, write_json
 from energy.adapters.catalogue import load_profile
 from simulator.batching import EngineLimits
-from simulator.experiment import Scenario, bound, prepare
+from simulator.experiment import Scenario, bounds, prepare
 from simulator.grid import GRIDS
 from simulator.results import RunResult
 from simulator.simulation import simulate
@@ -130,7 +130,8 @@ def run_experiment(experiment: Experiment, profile: str, policies: tuple[str, ..
         )
     bound_path = folder / f"{file_name(workload.name)}--{profile}--clairvoyant.json"
     if again or not bound_path.exists():
-        write_json(bound_path, {"policy": "clairvoyant", "energy_j": bound(scenario, workload)})
+        found = bounds(scenario, workload)
+        write_json(bound_path, {"policy": "clairvoyant", "energy_j": found.least_j, "plan_energy_j": found.plan_j})
     if len(runs) > 1:
         plot_runs(runs, folder)
 

@@ -1,8 +1,8 @@
 """Experiment: a named policy on a workload, set up alike for all; nothing differs but what the policy says.
 
 ``prepare`` gives the pretend world and the controller; ``provision_for`` measures the peak that static policies provide
-for, from the workload itself: they know their future. ``clairvoyant`` is not run: it is a bound, see
-``solver.clairvoyant``.
+for, from the workload itself: they know their future. The clairvoyant is not run: ``bounds`` says how little energy
+perfect knowledge could need.
 """
 
 import math
@@ -36,6 +36,7 @@ from solver.control import (
 )
 from solver.controllers import ControlSettings, PlanningController
 from solver.forecast import Forecast, KnownForecaster
+from solver.least_energy import StepEngine, Work, least_energy
 from solver.planner import ChangeCosts, ClusterCosts
 from solver.policies import Periods, Policy, policies
 
@@ -130,15 +131,38 @@ def control_settings(scenario: Scenario) -> ControlSettings:
     )
 
 
-def bound(scenario: Scenario, workload: Workload) -> float:
-    """Joules no policy that keeps the SLOs can go below, by ``solver.clairvoyant``, slot by slot; nan if none can."""
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What perfect knowledge and free changes would need at least, in joules."""
+
+    least_j: float
+    """No policy on these engines needs less, whatever SLOs it keeps: ``solver.least_energy``."""
+    plan_j: float
+    """The plan problem without whole numbers, reserve and costs of change, minute by minute (``solver.clairvoyant``);
+    nan if no plan can. What plans could reach on their capacity table; mixed classes may do better than the table."""
+
+
+def bounds(scenario: Scenario, workload: Workload) -> Bounds:
+    """Both bounds; reads the workload twice."""
     profile = scenario.profile
     model = profile.model
+    work = sum((Work.of(part.input_tokens, part.output_tokens) for part in workload.chunks()), Work())
+    engines = [
+        StepEngine(
+            tp,
+            profile.step(tp, clock),
+            scenario.limits.max_num_batched_tokens,
+            scenario.limits.max_num_seqs,
+            profile.kv_capacity_tokens(tp),
+        )
+        for tp in profile.tensor_parallel
+        for clock in profile.sm_clocks_mhz
+    ]
     pools = tuple(PoolView(k.name, model, k) for k in REQUEST_CLASSES)
     every = candidates({model: scenario.capacity}, pools, Knobs(loads=BOUND_LOADS, headroom=0.0))
     rates = [window for _, window in sorted(_class_rates(workload, scenario.slos, BOUND_SLOT_S).items())]
     powers_w = clairvoyant_w(every, scenario.all_nodes, GPUS_PER_NODE, rates)
-    return float(sum(power_w * BOUND_SLOT_S for power_w in powers_w))
+    return Bounds(least_energy(work, engines).energy_j, float(sum(power_w * BOUND_SLOT_S for power_w in powers_w)))
 
 
 def provision_for(workload: Workload, setup: SimulationSetup) -> Forecast:

@@ -187,21 +187,23 @@ def _work(
     """(9, g) requests of the pool's own class that one request of each class is worth; inf where it may not go.
 
     The ratio of highest rates at the group's most efficient clock: where it runs most. A class may share an instance
-    with longer inputs only if it still meets its TTFT after waiting for one prefill of the longest of their size.
+    with longer inputs only if it still meets its TTFT after waiting for the prefill of one of their longest (P99): at
+    any moment an instance at work is likely to be in one. A class that would then have no pool goes to the nearest.
     """
     host = own[pool_at]
     rates = highest[tp_at, best_clock]  # (g, 9)
     light = min(1, len(table.loads) - 1)
-    ttft_s = table.ttft_p50[t_axis[tp_at], c_axis[best_clock], :, light]  # (g, 9)
+    at = (t_axis[tp_at], c_axis[best_clock], slice(None), light)
     slo_s = np.array([c.ttft_slo_s for c in table.classes])
     each = np.arange(len(host))
     alike = np.arange(CLASSES)[None, :] // 3 == host[:, None] // 3  # classes with the host's input size
-    prefill_s = np.where(alike, ttft_s, 0.0).max(axis=1)
-    in_time = ttft_s + prefill_s[:, None] <= slo_s
-    allowed = _DOMINATES[:, host].T & (in_time | alike)
+    prefill_s = np.where(alike, table.ttft_p99[at], 0.0).max(axis=1)
+    in_time = table.ttft_p50[at] + prefill_s[:, None] <= slo_s
+    nearest = _nearest(own)[:, pool_at].T
+    allowed = _DOMINATES[:, host].T & (in_time | alike) & (rates > 0.0)
     if not knobs.dominating:
-        allowed &= _nearest(own)[:, pool_at].T
-    allowed &= rates > 0.0
+        allowed &= nearest
+    allowed |= ~allowed.any(axis=0) & nearest & (rates > 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(allowed, rates[each, host][:, None] / rates, np.inf).T
 

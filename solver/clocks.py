@@ -65,9 +65,11 @@ class ClockChooser:
         tables: Mapping[str, CapacityTable],
         pools: Sequence[PoolView],
         settings: ClockSettings | None = None,
+        sm_clocks_mhz: tuple[int, ...] | None = None,
     ) -> None:
+        """``sm_clocks_mhz`` are those that may be chosen; by default all of the tables. With one it only learns."""
         self._settings = settings or ClockSettings()
-        arrays = {model: _ModelArrays(table) for model, table in tables.items()}
+        arrays = {model: _ModelArrays(table, sm_clocks_mhz) for model, table in tables.items()}
         self._arrays = [arrays[pool.model] for pool in pools]
         self._load_rps = np.zeros((len(pools), 9))
         self._weight = np.zeros(len(pools))
@@ -199,14 +201,15 @@ def _gains(fit: list[float], power_w: list[float], lowest: int, kind: int) -> li
 class _ModelArrays:
     """A capacity table as the chooser reads it. Axes: T, C, K = 9."""
 
-    def __init__(self, table: CapacityTable) -> None:
+    def __init__(self, table: CapacityTable, sm_clocks_mhz: tuple[int, ...] | None) -> None:
+        at = [i for i, clock in enumerate(table.sm_clocks_mhz) if sm_clocks_mhz is None or clock in sm_clocks_mhz]
         self.tps = np.asarray(table.tps)
-        self.clocks = np.asarray(table.sm_clocks_mhz, dtype=np.int64)
+        self.clocks = np.asarray(table.sm_clocks_mhz, dtype=np.int64)[at]
         with np.errstate(divide="ignore"):
             # a class that an instance cannot serve within its SLO at a clock: any of it fills the instance
-            self.per_request = np.where(table.max_rate > 0.0, 1.0 / table.max_rate, 1e6)
-        self.full_w = table.power[..., -1]  # (T, C, K)
-        self.idle_w = table.power[..., 0, 0]  # (T, C)
+            self.per_request = np.where(table.max_rate > 0.0, 1.0 / table.max_rate, 1e6)[:, at]
+        self.full_w = table.power[:, at][..., -1]  # (T, C, K)
+        self.idle_w = table.power[:, at][:, :, 0, 0]  # (T, C)
 
     def tp_at(self, tp: IntArray) -> IntArray:
         """Positions of TPs."""

@@ -112,7 +112,7 @@ class PlanningController:
         self._tables = tables
         self._epoch = epoch
         self._stopwatch = stopwatch
-        self._chooser = ClockChooser(tables, pools, self._settings.clocks) if policy.scale_clocks else None
+        self._chooser = self._make_chooser(tables)
         self._ladder = EscalationLadder(self._settings.escalation)
         self._top_mhz = {model: table.sm_clocks_mhz[-1] for model, table in tables.items()}
         self._due: dict[Level, float] = {}
@@ -132,6 +132,19 @@ class PlanningController:
     def _make_planner(self, choices: Candidates) -> Planner:
         settings = self._settings
         return Planner(choices, settings.changes, settings.cluster_costs, settings.limits)
+
+    def _make_chooser(self, tables: Mapping[str, CapacityTable]) -> ClockChooser | None:
+        """Who may not turn clocks still learns where instances carry less than their table says.
+
+        Not where they carry more: without a higher clock nothing would catch the burst that shows it was too much.
+        """
+        settings = self._settings.clocks
+        if self.policy.scale_clocks:
+            return ClockChooser(tables, self._pools, settings)
+        if self.policy.static:
+            return None
+        careful = replace(settings, factor_limits=(settings.factor_limits[0], 1.0))
+        return ClockChooser(tables, self._pools, careful, self.policy.knobs.sm_clocks_mhz)
 
     def first_tick(self, now_s: float) -> Tick:
         """All levels at once, now."""
@@ -352,8 +365,10 @@ class PlanningController:
         clock = views.sm_clock_mhz
         if self._chooser is not None:
             choice = self._chooser.choose(observation.demand.window_s, views)
-            # a pool that misses its SLO may be short of instances just now: no reason to plan for less from each
-            self._capacity = np.maximum(choice.capacity_factor, 1.0)
+            # a pool that misses its SLO while instances are on their way is short of them: no reason to plan for less
+            # from each. One that has all that was planned and misses it still carries less than its table says.
+            short = bool(np.any(views.state == STARTING))
+            self._capacity = np.maximum(choice.capacity_factor, 1.0) if short else choice.capacity_factor
             clock = choice.sm_clock_mhz
             for i in np.flatnonzero(clock != views.sm_clock_mhz):
                 why = f"pool at {choice.pool_load[views.pool[i]]:.2f} of capacity, SLO missed {choice.missed[i]:.2f}"

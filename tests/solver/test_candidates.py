@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,8 +28,8 @@ def test_work_is_counted_in_the_pools_own_requests():
 
 def test_a_class_may_not_wait_behind_a_prefill_longer_than_its_slo():
     t = table()
-    slow = np.where(np.arange(9)[None, None, :, None] // 3 == 2, 0.5, t.ttft_p50)  # long inputs: half a second
-    with_slow = type(t)(**{f: getattr(t, f) for f in t.__dataclass_fields__} | {"ttft_p50": slow})
+    slow = np.where(np.arange(9)[None, None, :, None] // 3 == 2, 0.5, t.ttft_p99)  # long inputs: half a second
+    with_slow = type(t)(**{f: getattr(t, f) for f in t.__dataclass_fields__} | {"ttft_p99": slow})
     c = candidates({"m": with_slow}, (*one_pool(), PoolView("SL", "m", RequestClass.SL)), Knobs())
     in_all = c.group_pool == 0
     assert np.all(np.isinf(c.work[RequestClass.SS, in_all]))
@@ -107,3 +109,29 @@ def test_clocks_that_only_cost_more_are_left_out():
     assert set(c.point_clock_mhz) <= set(CLOCKS)
     energy = c.point_power_w / c.point_capacity
     assert np.all(energy > 0)
+
+
+def slow_prompts(p99_s):
+    """The table, on which the longest prompts of every class take this long."""
+    t = table()
+    return replace(t, ttft_p50=0.1 * t.ttft_p50, ttft_p99=np.full_like(t.ttft_p99, p99_s))
+
+
+def pools_of(c, k):
+    return {c.pools[c.group_pool[g]].request_class for g in np.flatnonzero(np.isfinite(c.work[k]))}
+
+
+def test_a_class_shares_an_instance_only_where_it_is_in_time_behind_one_of_its_longest_prompts():
+    quick, slow = (candidates({"m": slow_prompts(s)}, nine_pools(), Knobs()) for s in (0.05, 1.0))
+    for k in REQUEST_CLASSES:
+        assert pools_of(quick, k) == {p for p in REQUEST_CLASSES if p.dominates(k)}
+        alike = {p for p in REQUEST_CLASSES if p.dominates(k) and p.input_size == k.input_size}
+        assert pools_of(slow, k) == alike
+
+
+def test_a_class_that_is_in_time_nowhere_still_has_the_nearest_pool():
+    two = tuple(PoolView(k.name, "m", k) for k in (RequestClass.MM, RequestClass.LL))
+    c = candidates({"m": slow_prompts(1.0)}, two, Knobs())
+    assert pools_of(c, RequestClass.SS) == {RequestClass.MM}
+    assert pools_of(c, RequestClass.SL) == {RequestClass.LL}
+    assert pools_of(candidates({"m": slow_prompts(9.0)}, one_pool(), Knobs()), RequestClass.SS) == {RequestClass.LL}

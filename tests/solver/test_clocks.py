@@ -137,3 +137,16 @@ def test_traffic_that_has_long_ended_counts_as_none():
     run(chooser, [row])
     row["rate"] = {}
     assert run(chooser, [row], ticks=5000).sm_clock_mhz.tolist() == [800]
+
+
+def test_who_may_not_turn_clocks_learns_from_misses_all_the_same():
+    chooser = ClockChooser({"m": table()}, one_pool(), ClockSettings(factor_limits=(0.6, 1.0)), (1980,))
+    row = {"id": "a", "tp": 8, "clock": 1980, "rate": {LL: 0.7 * full_rate(1980)}, "slack": -0.2}
+    choice = run(chooser, [row])
+    assert choice.sm_clock_mhz.tolist() == [1980]
+    assert choice.capacity_factor[0] == pytest.approx(0.6)
+    assert choice.pool_load[0] == pytest.approx(0.7 / 0.6, rel=0.02)
+    row["slack"] = 0.6
+    for _ in range(2000):
+        choice = chooser.choose(5.0, views([row]))
+    assert choice.capacity_factor[0] == pytest.approx(1.0)
