@@ -23,6 +23,7 @@ from energy.adapters.catalogue import load_profile
 from simulator.batching import EngineLimits
 from simulator.experiment import Scenario, bounds, prepare
 from simulator.grid import GRIDS
+from simulator.prediction import TrueLengths
 from simulator.results import RunResult
 from simulator.simulation import simulate
 from simulator.workload.adapters.catalogue import open_workload
@@ -45,6 +46,7 @@ ALL = (
     "dynamollm-paper",
     "dynamollm",
 )
+LEARNED = ("single-pool", "dynamollm")
 MAIN = ("single-pool", "packing", "dynamollm-paper", "dynamollm")
 SEED = 1
 # Chunks of 1,024 prompt tokens for every policy: at vLLM's larger defaults a chunk alone breaks the TBT SLO of others
@@ -65,6 +67,7 @@ class Experiment:
     sample_s: float
     periods: Periods | None = None
     profiles: tuple[str, ...] = PROFILES
+    learns_lengths: bool = False  # the product's own predictor from cold; else the output's size is known
 
 
 # A week of 5 s ticks is 121,000 calls of the controller: every 20 s, and a joint plan every 5 min, keeps it to minutes
@@ -74,6 +77,7 @@ EXPERIMENTS = {
     each.name: each
     for each in (
         Experiment("conv-1h", "azure-conv", 12, "azure-conv", ALL, 10.0),
+        Experiment("conv-1h-learned", "azure-conv", 12, "azure-conv", LEARNED, 10.0, learns_lengths=True),
         Experiment("poisson-low", "poisson-low", 12, "poisson-high", MAIN, 10.0),
         Experiment("poisson-medium", "poisson-medium", 12, "poisson-high", MAIN, 10.0),
         Experiment("poisson-high", "poisson-high", 12, "poisson-high", MAIN, 10.0),
@@ -140,7 +144,13 @@ def _scenario(experiment: Experiment, profile_name: str) -> Scenario:
     profile = load_profile(profile_name)
     capacity = experiment_capacity(profile, ENGINE, RESULTS / "capacity", click.echo)
     return Scenario(
-        profile, capacity, experiment.nodes, limits=ENGINE, periods=experiment.periods, sample_s=experiment.sample_s
+        profile,
+        capacity,
+        experiment.nodes,
+        prediction=None if experiment.learns_lengths else TrueLengths(),
+        limits=ENGINE,
+        periods=experiment.periods,
+        sample_s=experiment.sample_s,
     )
 
 

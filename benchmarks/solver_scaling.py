@@ -34,7 +34,7 @@ from solver.forecast import Forecast
 from solver.formulation import formulate
 from solver.milp import SolveLimits, solve
 from solver.planner import ClusterCosts, Planner, Restriction
-from solver.policies import BY_INPUT
+from solver.policies import BY_PREFILL
 from solver.problem import PlanProblem, SolveStatus
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -56,7 +56,7 @@ class Case:
     @property
     def name(self) -> str:
         """For a table."""
-        pools = "9 pools" if self.nine_pools else f"{len(BY_INPUT)} pools"
+        pools = "9 pools" if self.nine_pools else f"{len(BY_PREFILL)} pools"
         return f"{self.gpus} GPUs, {self.models} model{'s' * (self.models > 1)}, {pools} each"
 
 
@@ -101,7 +101,7 @@ class Timing:
 def time_case(case: Case, table: CapacityTable, solves: int, seed: int = 0) -> Timing:
     """Solve a number of problems of one size."""
     models = [f"m{index}" for index in range(case.models)]
-    classes = REQUEST_CLASSES if case.nine_pools else BY_INPUT
+    classes = REQUEST_CLASSES if case.nine_pools else BY_PREFILL
     pools = [PoolView(f"{model}-{k.name}", model, k) for model in models for k in classes]
     choices = candidates(dict.fromkeys(models, table), pools, Knobs())
     planner = Planner(choices, cluster_costs=ClusterCosts(free_gpu_w=BARE_GPU_W))
@@ -203,7 +203,7 @@ def _instances(pool: list[int], tp: list[int], rate: list[float]) -> InstanceVie
 def time_clocks(table: CapacityTable, instances: int, calls: int) -> float:
     """Median seconds of one choice of clocks for this many instances."""
     rng = np.random.default_rng(0)
-    pools = [PoolView(k.name, "m", k) for k in BY_INPUT]
+    pools = [PoolView(k.name, "m", k) for k in BY_PREFILL]
     chooser = ClockChooser({"m": table}, pools)
     tp = rng.choice(table.tps, instances).tolist()
     pool = rng.integers(0, len(pools), instances).tolist()

@@ -14,8 +14,10 @@ are lowered by what the worst step of a finer grid falls short.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import linprog
 
 from energy.profile import StepCoefficients, step_power_w, step_time_s
@@ -41,11 +43,11 @@ class Work:
     longest_tokens: float = 1.0  # input and output of the longest request
 
     @staticmethod
-    def of(input_tokens: FloatArray, output_tokens: FloatArray) -> "Work":
+    def of(input_tokens: npt.ArrayLike, output_tokens: npt.ArrayLike) -> "Work":
         """The work of requests with these lengths, each (n,)."""
-        if not len(input_tokens):
-            return Work()
         i, later = np.asarray(input_tokens, dtype=np.float64), np.asarray(output_tokens, dtype=np.float64) - 1.0
+        if not i.size:
+            return Work()
         return Work(
             prompt_tokens=float(i.sum()),
             attention_tokens2=float(0.5 * (i * i).sum()),
@@ -104,8 +106,9 @@ def least_energy(work: Work, engines: Sequence[StepEngine]) -> LeastEnergy:
 
 def step_energy_j(engine: StepEngine, content: FloatArray) -> FloatArray:
     """(n,) joules of steps that hold these (n, 4) prompt tokens, attention pairs, decoded and context tokens."""
-    step = (engine.step, content[:, 0], content[:, 1], content[:, 2], content[:, 3])
-    return np.asarray(engine.gpus * step_time_s(*step) * step_power_w(*step))
+    columns: Any = content.T  # the two functions take floats and arrays alike
+    time_s, power_w = step_time_s(engine.step, *columns), step_power_w(engine.step, *columns)
+    return np.asarray(engine.gpus * time_s * power_w)
 
 
 def _steps(
@@ -122,8 +125,10 @@ def _worst_cover(engine: StepEngine, longest_tokens: float, prices: FloatArray) 
 
     def cover(shapes: FloatArray) -> FloatArray:
         content = _content(engine, longest_tokens, shapes)
-        worth = content @ prices
-        return np.divide(step_energy_j(engine, content), worth, out=np.full(len(worth), np.inf), where=worth > 0.0)
+        worth: FloatArray = content @ prices
+        covered = np.full(len(worth), np.inf)
+        np.divide(step_energy_j(engine, content), worth, out=covered, where=worth > 0.0)
+        return covered
 
     shapes = _grid(engine, longest_tokens, _FINE)
     reached = cover(shapes)
@@ -148,7 +153,7 @@ def _grid(engine: StepEngine, longest_tokens: float, points: tuple[int, int, int
     context = _axis(longest_tokens, points[3])[1:]
     x, r, n, c = (axis.ravel() for axis in np.meshgrid(prompt, sees, seqs, context, indexing="ij"))
     once = (x + n > 0.0) & ((x > 0.0) | (r == 0.0)) & ((n > 0.0) | (c == context[0]))
-    return np.stack([x, r, n, c], axis=1)[once]
+    return np.asarray(np.stack([x, r, n, c], axis=1)[once])
 
 
 def _content(engine: StepEngine, longest_tokens: float, shapes: FloatArray) -> FloatArray:

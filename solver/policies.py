@@ -12,8 +12,9 @@ from pools.view import PoolView
 from solver.candidates import Knobs
 
 ONE_POOL = (RequestClass.LL,)
-BY_INPUT = (RequestClass.ML, RequestClass.LL)
-"""What harms a request beside it is a long prefill; outputs of any length share an instance well. See docs/adr."""
+BY_PREFILL = (RequestClass.ML, RequestClass.LS, RequestClass.LL)
+"""What harms a request beside it is a long prefill, and long prompts with short answers are little else; otherwise
+outputs of any length share an instance well. See docs/adr."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def policies(largest_tp: int, top_clock_mhz: int) -> dict[str, Policy]:
     shards = Knobs(sm_clocks_mhz=top, dominating=False)
     baseline = Policy("", scale_instances=False, scale_shards=False, scale_clocks=False, knobs=fixed)
     every = (
-        Policy("dynamollm", pool_classes=BY_INPUT),
+        Policy("dynamollm", pool_classes=BY_PREFILL),
         Policy("dynamollm-paper", joint=False),
         replace(baseline, name="single-pool", pool_classes=ONE_POOL),
         replace(baseline, name="multi-pool"),

@@ -88,7 +88,10 @@ def test_the_page_sets_ours_beside_the_paper_s(tmp_path):
     folder = tmp_path / "results" / "conv-1h"
     for policy, kwh in (("single-pool", 20.0), ("packing", 16.0), ("dynamollm-paper", 13.0), ("dynamollm", 10.0)):
         store_run(run_of(policy, kwh), folder, SETTINGS)
-    write_json(folder / "x--llama-2-70b-h100--clairvoyant.json", {"policy": "clairvoyant", "energy_j": 9.0 * 3.6e6})
+    write_json(
+        folder / "x--llama-2-70b-h100--clairvoyant.json",
+        {"policy": "clairvoyant", "energy_j": 9.0 * 3.6e6, "plan_energy_j": 9.5 * 3.6e6},
+    )
     page = tmp_path / "results.md"
     write_page(tmp_path / "results", page, ("conv-1h", "code-day"), ("llama-2-70b-h100",))
     text = page.read_text()
@@ -102,6 +105,7 @@ def test_the_page_sets_ours_beside_the_paper_s(tmp_path):
     assert "-35" in next(line for line in text.splitlines() if line.startswith("| dynamollm-paper |"))
     assert "+11.1 %" in text  # gap to the bound
     assert "clairvoyant bound" in rows
+    assert "9.50" in rows["relaxed plans (no bound)"]
 
 
 def test_a_plot_is_drawn(tmp_path):
