@@ -112,6 +112,11 @@ class BoardNode:
             self._folder.rmdir()
 
 
+def board_gpus(node: str, count: int, physics: GpuPhysics, folder: Path) -> Sequence[BoardGpu]:
+    """GPUs of one node, made anew, for whoever never closes them."""
+    return BoardNode(node, count, physics, folder).gpus()
+
+
 def _alive(pid: int) -> bool:
     """Whether a process is there and is more than a zombie."""
     try:
