@@ -96,20 +96,34 @@ class VllmSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RaySettings:
+    """A Ray cluster to start engines on; how they are started is ``driver.vllm``'s, on every node alike."""
+
+    address: str = "auto"  # or host:port of the head; this machine runs a Ray node of that cluster
+    namespace: Annotated[str, Field(min_length=1)] = "dynamollm"  # one for each deployment that shares the cluster
+    engine: Literal["vllm", "emulated"] = "vllm"  # emulated: servers and boards as the models' profiles say
+    clocks: Literal["actors", "none"] = "actors"  # an agent on each node, unless driver.vllm.agents names some
+    leave_running: bool = True  # instances outlive this process, and the next one takes them over
+    autoscale: bool = False  # nodes that are not there count as to be had: Ray's autoscaler is asked for them
+    cpus_per_gpu: Annotated[float, Field(ge=0, le=64)] = 0.0  # reserved beside each GPU
+
+
+@dataclass(frozen=True, slots=True)
 class DriverSettings:
     """What starts instances.
 
     ``emulator`` needs neither GPU nor vLLM; ``vllm`` starts real servers on this machine's GPUs; ``vllm-emulated``
-    starts real servers whose steps last as long as on the GPUs that ``nodes`` names; ``attach`` routes to servers
-    somebody else started.
+    starts real servers whose steps last as long as on the GPUs that ``nodes`` names; ``ray`` starts them on the nodes
+    of a cluster; ``attach`` routes to servers somebody else started.
     """
 
-    kind: Literal["emulator", "vllm", "vllm-emulated", "attach"] = "emulator"
+    kind: Literal["emulator", "vllm", "vllm-emulated", "ray", "attach"] = "emulator"
     startup_s: Annotated[float, Field(ge=0, le=3600)] = 2.0  # emulator: time an instance takes to load its weights
     processes: Annotated[int, Field(ge=1, le=64)] = 1  # emulator: processes that share the instances
     emulators: dict[str, str] = field(default_factory=dict)  # emulator: node -> control URL of one that runs already
     urls: dict[str, tuple[str, ...]] = field(default_factory=dict)  # attach: pool name -> base URLs
     vllm: VllmSettings = field(default_factory=VllmSettings)
+    ray: RaySettings = field(default_factory=RaySettings)
     seed: int = 0
 
 
@@ -283,6 +297,8 @@ def _check_driver(settings: Settings) -> list[str]:
             return _check_attached(settings)
         case "vllm" | "vllm-emulated":
             problems = _check_vllm(settings)
+        case "ray":
+            problems = _check_agents(settings)
         case _:
             problems = _check_emulators(settings)
     if settings.driver.urls:
@@ -310,13 +326,7 @@ def _check_vllm(settings: Settings) -> list[str]:
         problems.append("driver.vllm.agents: an emulated device has no agent; its clocks are the driver's own")
     if not emulated and sum(node.count for node in settings.nodes) > 1:
         problems.append("nodes: the vllm driver starts processes on this machine: name one node, with count 1")
-    names = {node.name for node in settings.nodes}
-    problems += [f"driver.vllm.agents.{name}: no such node" for name in agents if name not in names]
-    problems += [
-        f"driver.vllm.agents.{name}: must begin with unix: or http://; found {address!r}"
-        for name, address in agents.items()
-        if not address.startswith(("unix:", "http://"))
-    ]
+    problems += _check_agents(settings)
     if not emulated and not agents:
         problems += [
             f"pools[{index}].sm_clock_mhz: nobody sets clocks; name the node's agent in driver.vllm.agents"
@@ -324,6 +334,16 @@ def _check_vllm(settings: Settings) -> list[str]:
             if pool.sm_clock_mhz is not None
         ]
     return problems
+
+
+def _check_agents(settings: Settings) -> list[str]:
+    agents = settings.driver.vllm.agents
+    names = {name for node in settings.nodes for name in node.names()}
+    return [f"driver.vllm.agents.{name}: no such node" for name in agents if name not in names] + [
+        f"driver.vllm.agents.{name}: must begin with unix: or http://; found {address!r}"
+        for name, address in agents.items()
+        if not address.startswith(("unix:", "http://"))
+    ]
 
 
 def _check_attached(settings: Settings) -> list[str]:

@@ -68,12 +68,17 @@ def _driver(
     vllm = settings.driver.vllm
     return VllmDriver(
         node_gpus(settings.nodes),
-        {
-            model.name: VllmModel(model.path or model.name, model.vllm_arguments, environments.get(model.name, {}))
-            for model in settings.models
-        },
+        served_models(settings, environments),
         launch,
         GpuClocks(gpus),
         Path(vllm.log_dir).expanduser(),
         start_timeout_s=vllm.start_timeout_s,
     )
+
+
+def served_models(settings: Settings, environments: Mapping[str, Mapping[str, str]]) -> dict[str, VllmModel]:
+    """What the engines of each model are told; ``environments``: more of it, by model name."""
+    return {
+        model.name: VllmModel(model.path or model.name, model.vllm_arguments, environments.get(model.name, {}))
+        for model in settings.models
+    }

@@ -21,6 +21,7 @@ from dynamollm.metering import DriverMeter, GpuMeter, HeldGpus, Metering
 from dynamollm.observation import Observer
 from dynamollm.operations import Operations
 from dynamollm.persistence import Persistence
+from dynamollm.ray_wiring import build_ray_driver
 from dynamollm.runner import Runner
 from dynamollm.settings import EnergySettings, LimitSettings, Settings, StoreSettings
 from dynamollm.store import Store
@@ -38,8 +39,7 @@ from pools.adapters.tokenizer_files import load_tokenizer
 from pools.classes import ClassSlos, RequestClass
 from pools.drivers.attach import AttachDriver
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
-from pools.drivers.port import InstanceDriver
-from pools.drivers.vllm import VllmDriver
+from pools.drivers.port import InstanceDriver, MeteredDriver
 from pools.learned_lengths import LearnedLengths, LengthLimits
 from pools.length_costs import LengthCosts
 from pools.queue import QueueLimits
@@ -263,6 +263,8 @@ def build_driver(settings: Settings) -> InstanceDriver:
     match driver.kind:
         case "attach":
             return AttachDriver(driver.urls)
+        case "ray":
+            return build_ray_driver(settings)
         case "vllm":
             return build_vllm_driver(settings)
         case "vllm-emulated":
@@ -283,7 +285,7 @@ def build_driver(settings: Settings) -> InstanceDriver:
 
 def build_meter(driver: InstanceDriver) -> GpuMeter | None:
     """What reads the GPUs of a driver's nodes; None where nobody can."""
-    if isinstance(driver, VllmDriver):
+    if isinstance(driver, MeteredDriver):
         return DriverMeter(driver.read_gpus) if driver.metered_nodes else None
     if not isinstance(driver, EmulatorDriver):
         return None

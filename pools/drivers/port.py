@@ -15,10 +15,11 @@ Errors::
 Contract tests: tests/pools/drivers run one suite on every driver, the in-memory one first.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from energy.gpu import GpuReading
 from pools.instances import GpuSlot, Instance, InstanceShape, InstanceState
 
 
@@ -112,3 +113,15 @@ class InstanceDriver(Protocol):
 
         A driver whose engines outlive it by intent lets go of them instead, and says so where it is configured.
         """
+
+
+@runtime_checkable
+class MeteredDriver(Protocol):
+    """A driver that reaches the meters of its GPUs."""
+
+    @property
+    def metered_nodes(self) -> frozenset[str]:
+        """The nodes whose GPUs can be read."""
+
+    async def read_gpus(self) -> Sequence[GpuReading]:
+        """What every GPU reads now, by node and slot. Raises ``OSError`` if none can be read."""

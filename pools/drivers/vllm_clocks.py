@@ -96,11 +96,11 @@ class GpuClocks:
             readings = await asyncio.to_thread(self._nodes[node].readings)
         return [replace(reading, node=node) for reading in readings]  # an agent may know its host by another name
 
-    async def close(self) -> None:
-        """Take every lock off and let go of the nodes."""
+    async def close(self, reset: bool = True) -> None:
+        """Take every lock off (or leave them until their leases lapse) and let go of the nodes."""
         if self._renewing is not None:
             self._renewing.cancel()
-        for node in self._nodes:
+        for node in self._nodes if reset else ():
             await self.reset([gpu for gpu in self._wanted_mhz if gpu.node == node])
         for gpus in self._nodes.values():
             gpus.close()

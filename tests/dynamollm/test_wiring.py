@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -10,7 +11,15 @@ from dynamollm import wiring
 from dynamollm.adapters.configuration import load
 from dynamollm.control_loop import StaticController
 from dynamollm.errors import UserError
-from dynamollm.settings import ControllerSettings, DriverSettings, EnergySettings, RoutingSettings, Settings
+from dynamollm.settings import (
+    ControllerSettings,
+    DriverSettings,
+    EnergySettings,
+    RaySettings,
+    RoutingSettings,
+    Settings,
+    VllmSettings,
+)
 from pools.drivers.attach import AttachDriver
 from pools.drivers.emulator import EmulatorDriver
 
@@ -140,3 +149,24 @@ def test_an_application_without_meters_promises_no_energy():
     application = wiring.build(settings_with(driver=attach, controller=STATIC), clock=lambda: 5.0)
     assert application.metering is None
     assert application.services.energy_j is None
+
+
+def test_a_driver_whose_extra_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for name in [name for name in sys.modules if name.startswith("pools.drivers.ray")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UserError, match=r"driver.kind: .*dynamollm\[ray\]"):
+        wiring.build_driver(settings_with(driver=DriverSettings("ray")))
+
+
+def test_the_ray_driver_is_put_together_without_a_cluster():
+    pytest.importorskip("ray")
+    from pools.drivers.ray import RayDriver
+
+    for ray in (RaySettings(), RaySettings(engine="emulated"), RaySettings(clocks="none")):
+        driver = wiring.build_driver(settings_with(driver=DriverSettings("ray", ray=ray)))
+        assert isinstance(driver, RayDriver)
+        assert driver.lost_nodes() == frozenset()
+        assert driver.metered_nodes == (frozenset() if ray.clocks == "none" else {f"h100-{n}" for n in range(4)})
+    named = DriverSettings("ray", vllm=VllmSettings(agents={"h100-1": "http://h100-1:9"}))
+    assert wiring.build_driver(settings_with(driver=named)).metered_nodes == {"h100-1"}
