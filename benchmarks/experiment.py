@@ -4,7 +4,8 @@
     python -m benchmarks.experiment --experiment conv-1h --profile llama-2-70b-h100 --policy single-pool,dynamollm
 
 Each run is one file under benchmarks/results/<experiment>/ with its seed, commit and settings; a run that is there is
-not repeated unless ``--again``. The table is made from the files alone.
+not repeated unless ``--again``; a load that was found stays until its file is deleted. The table is made from the
+files alone.
 """
 
 import time
@@ -92,7 +93,7 @@ EXPERIMENTS = {
 @click.option("--experiment", "experiments", default=",".join(EXPERIMENTS), show_default=True)
 @click.option("--profile", "profiles", default=",".join(PROFILES), show_default=True)
 @click.option("--policy", "policies", help="Only these; by default all of the experiment.")
-@click.option("--again", is_flag=True, help="Repeat runs that are there.")
+@click.option("--again", is_flag=True, help="Repeat runs that are there, at the same loads.")
 def main(experiments: str, profiles: str, policies: str | None, again: bool) -> None:
     """Run experiments and write the page."""
     for name in experiments.split(","):
@@ -106,7 +107,7 @@ def run_experiment(experiment: Experiment, profile: str, policies: tuple[str, ..
     """All policies of one experiment on one profile."""
     folder = RESULTS / experiment.name
     scenario = _scenario(experiment, profile)
-    calibration = _calibration(experiment.calibrated_on, scenario, again)
+    calibration = _calibration(experiment.calibrated_on, scenario)
     workload = open_workload(experiment.trace, SEED, calibration.rate_scale)
     settings: dict[str, Any] = {
         "trace": experiment.trace,
@@ -154,9 +155,10 @@ def _scenario(experiment: Experiment, profile_name: str) -> Scenario:
     )
 
 
-def _calibration(trace: str, scenario: Scenario, again: bool) -> Calibration:
+def _calibration(trace: str, scenario: Scenario) -> Calibration:
+    """The load, found once: delete the file to find it anew."""
     path = RESULTS / "calibration" / f"{trace}--{scenario.profile.name}--{scenario.nodes}.json"
-    if path.exists() and not again:
+    if path.exists():
         return Calibration(**read_json(path))
     calibration = calibrate(scenario, lambda scale: open_workload(trace, SEED, scale))
     write_json(path, asdict(calibration))

@@ -106,8 +106,14 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+_CHANGED_SOURCES = (
+    *("status", "--porcelain", "--untracked-files=no", "--", "."),
+    *(":!benchmarks/results", ":!docs/results.md"),
+)
+
+
 def commit() -> str:
-    """The checked-out commit, with ``+`` if sources differ from it; empty outside a checkout."""
+    """The checked-out commit, with ``+`` if sources differ from it (not results); empty outside a checkout."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -115,7 +121,7 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
+    return head + ("+" if head and git(*_CHANGED_SOURCES) else "")
 
 
 def _rounded(values: Any) -> list[int]:
