@@ -8,6 +8,8 @@ resting after failures. It decides nothing: see pools/router.py.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from energy.profile import StepCoefficients
 from pools import scoring
 from pools.classes import REQUEST_CLASSES
@@ -22,8 +24,10 @@ from pools.view import ClusterView, EngineLoad, InstanceView
 WINDOW = 32  # candidates looked at together; larger pools are looked at window by window, in turn
 
 
-@dataclass(slots=True, eq=False)
-class Flight:
+Kind = tuple[StepCoefficients, int, int]  # step, TP, chunk: all that a request costs on an empty instance
+
+
+class Flight(msgspec.Struct, eq=False, gc=False):
     """A request sent to an instance and not finished; the lengths are those it was counted with."""
 
     request: Request
@@ -76,12 +80,12 @@ class _Known:
         self.foreign = _Foreign()
         self.peers = NOTHING
 
-    def show(self, v: InstanceView, kinds: dict[tuple[StepCoefficients, int], int]) -> bool:
+    def show(self, v: InstanceView, kinds: dict[Kind, int]) -> bool:
         """Take over a view of it; False if nothing has changed."""
         if v is self.view or v == self.view:
             return False
         limits, tp = v.limits, v.instance.shape.tp
-        kind = kinds.setdefault((v.step, tp), len(kinds))
+        kind = kinds.setdefault((v.step, tp, limits.max_batched_tokens), len(kinds))
         self.view = v
         self.costs = scoring.cost_row(
             v.step, tp, kind, limits.max_batched_tokens, limits.max_seqs, limits.kv_capacity_tokens
@@ -112,7 +116,8 @@ class Fleet:
         self._seats: list[float] = []  # the column of costs, to write on
         self._promises: list[dict[float, int]] = []  # how many are owed each TBT
         self._known: dict[str, _Known] = {}
-        self._kinds: dict[tuple[StepCoefficients, int], int] = {}
+        self._kinds: dict[Kind, int] = {}
+        self.unsettled: set[int] = set()  # instances whose load has changed since it was settled
         self._asleep: set[str] = set()
 
     def update(self, view: ClusterView) -> None:
@@ -124,6 +129,7 @@ class Fleet:
         all_known = list(known.values())
         changed = [i for i, (k, v) in enumerate(zip(all_known, view.instances, strict=True)) if k.show(v, self._kinds)]
         before = dict(zip(self.index, zip(*self.load, strict=True), strict=True))
+        unsettled = [self.views[i].instance.id for i in self.unsettled]
         rows = [before.get(instance_id, scoring.LOAD_EMPTY) for instance_id in index]
         self.load = Load(*_columns(rows, len(Load._fields)))
         costs = _columns([k.costs for k in all_known], len(Costs._fields))
@@ -135,8 +141,8 @@ class Fleet:
         self._steps = [v.step for v in view.instances]
         self._promises = [k.promises for k in all_known]
         self._known, self.views, self.index = known, view.instances, index
-        for i in changed:
-            self._refresh(i)
+        self.unsettled = {index[name] for name in unsettled if name in index}
+        self.unsettled.update(changed)
         self.outliers.keep(frozenset(index))
         if self.prefixes:
             self.prefixes.keep({v.instance.id for v in view.instances if v.instance.state is InstanceState.READY})
@@ -159,7 +165,7 @@ class Fleet:
             seats = 1.0 if self.outliers.probing(instance.id) else float(v.limits.max_seqs)
             if seats != self._seats[i]:
                 self._seats[i] = seats
-                self._refresh(i)
+                self.unsettled.add(i)
         for name, indices in members.items():
             count = -(-len(indices) // WINDOW)
             pool = self.pools[name]
@@ -216,7 +222,7 @@ class Fleet:
         load.in_flight[i] += requests - foreign.counted
         load.context_tokens[i] += context_tokens - foreign.context_tokens
         foreign.counted, foreign.context_tokens = requests, context_tokens
-        self._refresh(i)
+        self.unsettled.add(i)
 
     def in_flight(self, instance_id: str) -> int:
         """Requests this gateway has on an instance; 0 for one it does not know."""
@@ -254,15 +260,17 @@ class Fleet:
             if new != old:
                 scoring.change(self.load, i, now_s, [n - o for n, o in zip(new[:-1], old[:-1], strict=True)])
                 self.load.tbt_limit_s[i] = min(*known.promises, new.tbt_limit_s, scoring.UNPROMISED_S)
-                self._refresh(i)
+                self.unsettled.add(i)
 
     def sent(self, i: int, request: Request, now_s: float) -> Assigned:
         """Count a request sent to instance ``i``."""
-        tbt_s = request.slo.tbt_s
-        if self.load.between_s[i] >= tbt_s:  # cannot be kept: it must not keep others away either
+        if i in self.unsettled:
+            self.settle()
+        load, tbt_s = self.load, request.slo.tbt_s
+        if load.between_s[i] >= tbt_s:  # cannot be kept: it must not keep others away either
             tbt_s = scoring.UNPROMISED_S
-        scoring.add(self.costs, self.load, i, now_s, request.input_tokens, request.output_tokens, tbt_s)
-        self._refresh(i)
+        scoring.add(self.costs, load, i, now_s, request.input_tokens, request.output_tokens, tbt_s)
+        self.unsettled.add(i)
         promises = self._promises[i]
         promises[tbt_s] = promises.get(tbt_s, 0) + 1
         self.given[i][request.request_class] += 1
@@ -270,17 +278,18 @@ class Fleet:
         if request.prefix is not None:
             capacity_tokens = self.views[i].limits.kv_capacity_tokens
             self.prefixes.add(answer.instance_id, request.prefix.blocks, capacity_tokens)
-        self.flights[request.id] = Flight(request, answer.instance_id, tbt_s, self.load.prefill_done_s[i])
+        self.flights[request.id] = Flight(request, answer.instance_id, tbt_s, load.prefill_done_s[i])
         return answer
 
     def started(self, flight: Flight, now_s: float) -> None:
-        """Count its first token."""
-        if flight.started:
-            return
+        """Count its first token, once."""
         flight.started = True
         i = self.index.get(flight.instance_id)
         if i is not None:
-            scoring.start(self.load, i, now_s, flight.request.input_tokens)
+            input_tokens = flight.request.input_tokens
+            if i in self.unsettled and self.load.pending_tokens[i] > input_tokens:  # how long the rest takes
+                self.settle()
+            scoring.start(self.load, i, now_s, input_tokens)
 
     def assume_started(self, now_s: float) -> None:
         """Take requests that are not streamed to have begun when they were expected to: nobody sees it."""
@@ -293,13 +302,14 @@ class Fleet:
         flight = self.flights.pop(request_id, None)
         if flight is None:
             return None
-        self.started(flight, now_s)
+        if not flight.started:
+            self.started(flight, now_s)
         i = self.index.get(flight.instance_id)
         if i is not None:
             request = flight.request
             scoring.remove(self.load, i, request.input_tokens, request.output_tokens)
             self._release_promise(i, flight.promised_tbt_s)
-            self._refresh(i)
+            self.unsettled.add(i)
         return flight
 
     def _release_promise(self, i: int, tbt_s: float) -> None:
@@ -311,10 +321,12 @@ class Fleet:
             limit_s = self._known[self.assigned[i].instance_id].peers.tbt_limit_s
             self.load.tbt_limit_s[i] = min(*promises, limit_s, scoring.UNPROMISED_S)
 
-    def _refresh(self, i: int) -> None:
-        load = self.load
-        step_s = scoring.decode_step_s(self._steps[i], load.in_flight[i], load.context_tokens[i])
-        scoring.settle(self.costs, load, i, step_s)
+    def settle(self) -> None:
+        """Derive what follows from the loads that have changed. Before any instance is scored, and only then."""
+        load, steps, costs = self.load, self._steps, self.costs
+        for i in self.unsettled:
+            scoring.settle(costs, load, i, scoring.decode_step_s(steps[i], load.in_flight[i], load.context_tokens[i]))
+        self.unsettled.clear()
 
 
 def _columns(rows: list[tuple[float, ...]], count: int) -> list[list[float]]:

@@ -1,14 +1,18 @@
-"""Request and Decision: what the router is asked, and what it answers. Values only."""
+"""Request and Decision: what the router is asked, and what it answers. Values only.
+
+A ``Request`` is made for every request there is: a frozen dataclass of ten fields takes ten times as long to make.
+"""
 
 from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from pools.classes import RequestClass, Slo
 from pools.prefixes import Prefix
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True, gc=False):
     """One request, as far as routing needs to know it."""
 
     id: str

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from pools import scoring
+from pools.classes import REQUEST_CLASSES
 from pools.escalation import Escalated, EscalationLimits, late
 from pools.fleet import Fleet, Flight, OpenPool
 from pools.instances import InstanceState
@@ -24,7 +25,7 @@ from pools.queue import QueueLimits, RequestQueue, Waiting
 from pools.request import Assigned, Decision, Queued, Rejected, RejectReason, Request
 from pools.routes import routes_of
 from pools.scoring import Weights
-from pools.traffic import Traffic
+from pools.traffic import Totals, Traffic
 from pools.view import ClusterView, EngineLoad
 
 NOBODY: frozenset[str] = frozenset()
@@ -44,11 +45,17 @@ class RouterLimits:
 
 
 class Path:
-    """A route with its pools at hand: ``first`` in proportion to ``weights`` (smooth round robin), then ``then``."""
+    """A route with its pools at hand: ``first`` in proportion to ``weights`` (smooth round robin), then ``then``.
 
-    __slots__ = ("all", "credits", "first", "names", "then", "weights")
+    ``totals`` is where traffic on it is counted.
+    """
 
-    def __init__(self, first: Sequence[OpenPool], weights: Sequence[float], then: Sequence[OpenPool]) -> None:
+    __slots__ = ("all", "credits", "first", "names", "then", "totals", "weights")
+
+    def __init__(
+        self, first: Sequence[OpenPool], weights: Sequence[float], then: Sequence[OpenPool], totals: Totals
+    ) -> None:
+        self.totals = totals
         self.first = list(first)
         self.then = list(then)
         self.weights = list(weights)
@@ -57,9 +64,7 @@ class Path:
         self.names = frozenset(p.name for p in self.all)
 
     def in_turn(self) -> list[OpenPool]:
-        """The pools in the order to try for one request."""
-        if len(self.first) <= 1:
-            return self.all
+        """The pools in the order to try for one request, where there are several to begin with."""
         k = scoring.take_turn(self.weights, self.credits)
         return [self.first[k], *self.first[:k], *self.first[k + 1 :], *self.then]
 
@@ -90,9 +95,10 @@ class Router:
             return Rejected(RejectReason.UNKNOWN_MODEL, contended=False, retry_after_s=0.0)
         if now_s >= self.fleet.outliers.next_probe_s:
             self._probe(now_s)
-        if not exclude:  # a retry has been counted
-            self.traffic.arrived(request)
         path = paths[request.request_class]
+        if not exclude:  # a retry has been counted
+            path.totals.arrived += 1
+            path.totals.input_tokens += request.input_tokens
         if not (self.queue.depth and self._others_first(request)):
             i = self._find(path, request, now_s, exclude)
             if i != scoring.NONE:
@@ -111,11 +117,13 @@ class Router:
     def _find_on_time(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
         """The best instance with headroom; own pool before dominating ones."""
         fleet, (spread, margin) = self.fleet, self.limits.weights
+        if fleet.unsettled:
+            fleet.settle()
         costs, load = fleet.costs, fleet.load
         input_tokens, output_tokens, slo = request.input_tokens, request.output_tokens, request.slo
         budget_s = request.arrival_s + slo.ttft_s - now_s
-        for pool in path.in_turn():
-            for window in pool.in_turn():
+        for pool in path.all if len(path.first) <= 1 else path.in_turn():
+            for window in pool.windows if len(pool.windows) <= 1 else pool.in_turn():
                 candidates = fleet.without(window, exclude) if exclude else window
                 i = scoring.choose(
                     candidates, costs, load, now_s, input_tokens, output_tokens, budget_s, slo.tbt_s, spread, margin
@@ -164,6 +172,7 @@ class Router:
     def _find_least_late(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
         """Of a window of every pool, the instance with room that gives a first token soonest."""
         fleet = self.fleet
+        fleet.settle()
         some = [i for pool in path.all for window in pool.in_turn()[:1] for i in fleet.without(window, exclude)]
         return scoring.choose_least_late(
             some, fleet.costs, fleet.load, now_s, request.input_tokens, request.output_tokens
@@ -248,6 +257,7 @@ class Router:
         if whole:
             return self._find(path, request, now_s, waiting.exclude)
         fleet, (spread, margin) = self.fleet, self.limits.weights
+        fleet.settle()
         slo = request.slo
         return scoring.choose(
             [i for i in fleet.without(self._freed, waiting.exclude) if fleet.open_pool[i] in path.names],
@@ -334,7 +344,13 @@ class Router:
         served = frozenset(name for name, pool in pools.items() if pool.windows)
         self._paths = {
             model: [
-                Path([pools[n] for n in r.first if n in pools], r.weights, [pools[n] for n in r.then]) for r in routes
+                Path(
+                    [pools[n] for n in r.first if n in pools],
+                    r.weights,
+                    [pools[n] for n in r.then],
+                    self.traffic.totals(model, request_class),
+                )
+                for request_class, r in zip(REQUEST_CLASSES, routes, strict=True)
             ]
             for model, routes in routes_of(self._view, served).items()
         }
@@ -364,11 +380,15 @@ class Router:
 
     def on_finished(self, request_id: str, output_tokens: int, now_s: float) -> None:
         """It ended well, with this many tokens."""
-        self.on_first_token(request_id, now_s)
-        flight = self._left(request_id, now_s)
+        flight = self.fleet.flights.get(request_id)
         if flight is not None:
+            if not flight.started:
+                self.on_first_token(request_id, now_s)
+            self._left(request_id, now_s)
             self.traffic.finished(flight.request, output_tokens)
-        gap_s = min(now_s - self._finished_s, self.limits.max_retry_after_s)
+        gap_s = now_s - self._finished_s
+        if gap_s > self.limits.max_retry_after_s:
+            gap_s = self.limits.max_retry_after_s
         self._finish_gap_s += 0.1 * (gap_s - self._finish_gap_s)
         self._finished_s = now_s
 

@@ -20,7 +20,7 @@ empty one; larger values spread. The instance of the least score is picked. Thos
 from collections.abc import MutableSequence, Sequence
 from typing import NamedTuple
 
-from energy.profile import StepCoefficients, step_time_s
+from energy.profile import StepCoefficients
 
 NONE = -1  # no instance
 ANY_TOKENS = 1e18
@@ -100,8 +100,17 @@ def cost_row(
 
 
 def decode_step_s(c: StepCoefficients, in_flight: float, context_tokens: float) -> float:
-    """A step that decodes all those in flight; of an empty instance, a lone token. For ``settle``."""
-    return step_time_s(c, 0.0, 0.0, in_flight if in_flight > 1.0 else 1.0, context_tokens)
+    """A step that decodes all those in flight; of an empty instance, a lone token. For ``settle``.
+
+    ``energy.profile.step_time_s`` without a prompt, written out: this runs twice a request.
+    """
+    seqs = in_flight if in_flight > 1.0 else 1.0
+    sharpness = c.sharpness
+    compute_s = c.compute_s_per_token * seqs
+    memory_s = c.weights_s + c.kv_s_per_token * context_tokens
+    roofline_s: float = (compute_s**sharpness + memory_s**sharpness) ** (1.0 / sharpness)
+    host_s = c.overhead_s + c.host_s_per_seq * seqs
+    return host_s + roofline_s + c.communication_s + c.communication_s_per_token * seqs
 
 
 def prefill_s(costs: Costs, load: Load, i: int, input_tokens: float) -> float:
@@ -202,12 +211,12 @@ def choose(
     ``ttft_budget_s`` is what is left until its deadline. The loop is ``ttft_s``, ``tbt_s`` and ``marginal_energy_j`` of
     above, written out, with what only depends on the kind of instance taken out of it: this is the gateway's hot path.
     """
-    kind, in_flight, prefill_done_s, tbt_limit_s = costs.kind, load.in_flight, load.prefill_done_s, load.tbt_limit_s
-    step_s, between_s, prompt_s, free_tokens = load.step_s, load.between_s, load.prompt_s, load.free_tokens
+    kind, _, _, attention_s2, kv_s, prompt_j, output_j, attention_j, kv_j, step_j, _, _, _ = costs
+    in_flight, _, prefill_done_s, _, _, _, tbt_limit_s, step_s, between_s, prompt_s, free_tokens = load
     all_tokens = input_tokens + output_tokens
     per_output = 1.0 / max(output_tokens, 1.0)
     ttft_limit_s = margin * ttft_budget_s
-    kind_now = -1.0
+    kind_now = empty_kind = -1.0
     context_s = attention_s = base_j = steps_j = 0.0
     best = NONE
     best_score = 1e300
@@ -216,11 +225,18 @@ def choose(
             continue
         if kind[i] != kind_now:
             kind_now = kind[i]
-            context_s = costs.kv_s[i] * (input_tokens + 0.5 * output_tokens)
-            attention_s = 0.5 * costs.attention_s[i] * input_tokens * input_tokens
-            base_j = work_j(costs, i, input_tokens, output_tokens)
-            steps_j = costs.step_j[i] * output_tokens
+            context_tokens = input_tokens + 0.5 * output_tokens
+            attention_tokens2 = 0.5 * input_tokens * input_tokens
+            context_s = kv_s[i] * context_tokens
+            attention_s = attention_s2[i] * attention_tokens2
+            base_j = prompt_j[i] * input_tokens + output_j[i] * output_tokens
+            base_j += attention_j[i] * attention_tokens2 + kv_j[i] * output_tokens * context_tokens
+            steps_j = step_j[i] * output_tokens
         seqs = in_flight[i]
+        if seqs == 0.0:
+            if kind_now == empty_kind:  # as good as the last empty one
+                continue
+            empty_kind = kind_now
         energy_j = base_j + steps_j / (seqs + 1.0)
         if energy_j >= best_score:  # pressure only adds to it
             continue
@@ -303,10 +319,13 @@ def add(
     costs: Costs, load: Load, i: int, now_s: float, input_tokens: float, output_tokens: float, tbt_slo_s: float
 ) -> None:
     """Count a request sent to instance ``i``. ``settle`` it after."""
-    in_flight, pending_tokens, prefill_done_s, context_tokens, reserved_tokens, prompt_share, tbt_limit_s = load[:7]
-    start_s = prefill_done_s[i] if prefill_done_s[i] > now_s else now_s
-    prompt_s = load.prompt_s[i] + 0.5 * costs.attention_s[i] * input_tokens
-    prefill_done_s[i] = start_s + load.step_s[i] + input_tokens * prompt_s
+    in_flight, pending_tokens, done_s, context_tokens, reserved_tokens, prompt_share, tbt_limit_s = load[:7]
+    step_s, _, prompt_s, _ = load[7:]
+    start_s = done_s[i]
+    if start_s < now_s:
+        start_s = now_s
+    token_s = prompt_s[i] + 0.5 * costs.attention_s[i] * input_tokens
+    done_s[i] = start_s + step_s[i] + input_tokens * token_s
     in_flight[i] += 1.0
     pending_tokens[i] += input_tokens
     context_tokens[i] += input_tokens + 0.5 * output_tokens
@@ -332,19 +351,21 @@ def remove(load: Load, i: int, input_tokens: float, output_tokens: float) -> Non
 
     One that had no first token is to be taken off ``pending_tokens`` with ``start`` before.
     """
-    load.in_flight[i] -= 1.0
-    if load.in_flight[i] > 0.0:
-        load.context_tokens[i] -= input_tokens + 0.5 * output_tokens
-        load.reserved_tokens[i] -= input_tokens + output_tokens
-        load.prompt_share[i] -= input_tokens / max(output_tokens, 1.0)
+    in_flight, pending_tokens, done_s, context_tokens, reserved_tokens, prompt_share, tbt_limit_s = load[:7]
+    left = in_flight[i] - 1.0
+    if left > 0.0:
+        in_flight[i] = left
+        context_tokens[i] -= input_tokens + 0.5 * output_tokens
+        reserved_tokens[i] -= input_tokens + output_tokens
+        prompt_share[i] -= input_tokens / max(output_tokens, 1.0)
     else:  # nobody left: drop what rounding left
-        load.in_flight[i] = 0.0
-        load.pending_tokens[i] = 0.0
-        load.prefill_done_s[i] = 0.0
-        load.context_tokens[i] = 0.0
-        load.reserved_tokens[i] = 0.0
-        load.prompt_share[i] = 0.0
-        load.tbt_limit_s[i] = UNPROMISED_S
+        in_flight[i] = 0.0
+        pending_tokens[i] = 0.0
+        done_s[i] = 0.0
+        context_tokens[i] = 0.0
+        reserved_tokens[i] = 0.0
+        prompt_share[i] = 0.0
+        tbt_limit_s[i] = UNPROMISED_S
 
 
 def change(load: Load, i: int, now_s: float, by: Sequence[float]) -> None:
@@ -367,15 +388,16 @@ def change(load: Load, i: int, now_s: float, by: Sequence[float]) -> None:
 
 def settle(costs: Costs, load: Load, i: int, step_s: float) -> None:
     """Derive what follows from the load of instance ``i``; ``step_s`` is ``decode_step_s`` of it."""
-    steps_s, between_s, prompt_s, free_tokens = load[7:]
-    token_s = costs.token_s[i]
+    in_flight, _, _, _, reserved_tokens, prompt_share, _, steps_s, between_s, prompt_s, free_tokens = load
+    _, tokens_s, seq_s, _, _, _, _, _, _, _, chunk_tokens, max_seqs, capacity_tokens = costs
+    token_s, seqs = tokens_s[i], in_flight[i]
     steps_s[i] = step_s
-    between_s[i] = step_s + token_s * load.prompt_share[i] + costs.seq_s[i]
-    prompt_s[i] = token_s + step_s / costs.chunk_tokens[i]
-    if load.in_flight[i] >= costs.max_seqs[i]:
+    between_s[i] = step_s + token_s * prompt_share[i] + seq_s[i]
+    prompt_s[i] = token_s + step_s / chunk_tokens[i]
+    if seqs >= max_seqs[i]:
         free_tokens[i] = -1.0
-    elif load.in_flight[i] > 0.0:
-        free_tokens[i] = costs.kv_capacity_tokens[i] - load.reserved_tokens[i]
+    elif seqs > 0.0:
+        free_tokens[i] = capacity_tokens[i] - reserved_tokens[i]
     else:  # an empty instance is offered anything: whether it is too long is for the engine to say
         free_tokens[i] = ANY_TOKENS
 

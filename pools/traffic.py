@@ -19,30 +19,42 @@ class ClassTraffic:
     output_tokens: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class Totals:
+    """The same, running: whoever routes counts arrivals in it."""
+
+    arrived: int = 0
+    input_tokens: int = 0
+    finished: int = 0
+    output_tokens: int = 0
+
+
 class Traffic:
     """Counts by (model, class)."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, list[list[int]]] = {}
+        self._totals: dict[str, list[Totals]] = {}
 
-    def _of(self, request: Request) -> list[int]:
-        totals = self._totals.get(request.model)
+    def totals(self, model: str, request_class: RequestClass) -> Totals:
+        """Where one (model, class) is counted."""
+        return self._of(model)[request_class]
+
+    def _of(self, model: str) -> list[Totals]:
+        totals = self._totals.get(model)
         if totals is None:
-            totals = self._totals[request.model] = [[0, 0, 0, 0] for _ in REQUEST_CLASSES]
-        return totals[request.request_class]
-
-    def arrived(self, request: Request) -> None:
-        """Count a request that asks to be routed."""
-        totals = self._of(request)
-        totals[0] += 1
-        totals[1] += request.input_tokens
+            totals = self._totals[model] = [Totals() for _ in REQUEST_CLASSES]
+        return totals
 
     def finished(self, request: Request, output_tokens: int) -> None:
         """Count a request that has ended well."""
-        totals = self._of(request)
-        totals[2] += 1
-        totals[3] += output_tokens
+        totals = self._of(request.model)[request.request_class]
+        totals.finished += 1
+        totals.output_tokens += output_tokens
 
     def snapshot(self) -> dict[tuple[str, RequestClass], ClassTraffic]:
         """The totals now, of every class of every model seen."""
-        return {(model, c): ClassTraffic(*totals[c]) for model, totals in self._totals.items() for c in REQUEST_CLASSES}
+        return {
+            (model, c): ClassTraffic(t.arrived, t.input_tokens, t.finished, t.output_tokens)
+            for model, totals in self._totals.items()
+            for c, t in zip(REQUEST_CLASSES, totals, strict=True)
+        }

@@ -1,8 +1,7 @@
 """Escalation: late requests without a first token move, or are squashed; others are left alone."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 from pool_examples import cluster, request
 
 from pools.classes import RequestClass, Slo
