@@ -7,6 +7,8 @@ decode of a request, as idle, or as transition (an instance that starts, drains 
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
 from energy.profile import StepCoefficients
 
 
@@ -41,8 +43,7 @@ class Interval:
     energy_j: float
 
 
-@dataclass(frozen=True, slots=True)
-class User:
+class User(msgspec.Struct, frozen=True, gc=False):
     """Whose request it was; the dimensions of a report."""
 
     model: str

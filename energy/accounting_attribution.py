@@ -9,6 +9,7 @@ of the profile, and never more than the meter says.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,8 +21,7 @@ Span = tuple[float, float]  # from, to
 Floats = NDArray[np.float64]
 
 
-@dataclass(slots=True)
-class Serving:
+class Serving(msgspec.Struct, eq=False, gc=False):
     """One request on one instance, and what it was given so far. Times are of the ledger's clock."""
 
     id: str

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import msgspec
+
 from energy.accounting import EnergyRow, EnergyWindow, Interval, Prices, Use, User, UserRow
 from energy.accounting_attribution import Serving, attribute
 from energy.accounting_work import prefill_j, token_j, token_s
@@ -22,6 +24,7 @@ MINUTE_S = 60.0
 SETTLE_S = 3.0  # longer than a prompt takes (the longest TTFT promised is 2 s)
 FORGET_S = 7200.0
 LATE_S = 300.0  # what a meter says later than this after a request's end is no more booked to it
+KEPT_UNMETERED = 64  # requests that ended on an instance that has not been metered yet: its first reading may come
 OTHER = "other"
 _FORMAT = 1
 
@@ -30,22 +33,21 @@ _FORMAT = 1
 class _Account:
     """One instance: its requests, its unsettled intervals, how the meter compares with the profile."""
 
-    servings: list[Serving] = field(default_factory=list)  # those ended and not settled are among them
+    running: dict[str, Serving] = field(default_factory=dict)  # by request
+    ended: deque[Serving] = field(default_factory=deque)  # and not settled yet
     open: deque[Interval] = field(default_factory=deque)
     settled_s: float = float("-inf")
     coefficients: StepCoefficients | None = None
     gpus: int = 1
     scale: float = 1.0  # metered over expected energy, of the last interval with work
-    running: int = 0  # requests sent and not ended
     seqs: float = 0.0  # running requests x seconds, up to ``seqs_s``
     seqs_s: float = 0.0
 
-    def count(self, change: int, now_s: float) -> float:
-        """Requests began or ended; returns requests x seconds so far."""
-        self.seqs += self.running * (now_s - self.seqs_s)
+    def count(self, now_s: float) -> float:
+        """Requests x seconds so far. Before any of them begins or ends."""
+        seqs = self.seqs = self.seqs + len(self.running) * (now_s - self.seqs_s)
         self.seqs_s = now_s
-        self.running += change
-        return self.seqs
+        return seqs
 
 
 class EnergyLedger:
@@ -70,12 +72,14 @@ class EnergyLedger:
         self._max_rows = max_rows
         self._max_tenants = max_tenants
         self._tenants: set[str] = set()
-        self._servings: dict[str, Serving] = {}
+        self._servings: dict[str, Serving] = {}  # those running
         self._accounts: dict[str, _Account] = {}
         self._minutes: dict[int, dict[User, EnergyRow]] = {}  # by Unix minute, ascending
         self._rows = 0
         self._unpriced: set[str] = set()
         self._tidied_s = float("-inf")
+        self._page: dict[User, EnergyRow] = {}  # the rows of the present minute, which is, by our clock:
+        self._row_begin_s = self._row_end_s = 0.0
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -83,11 +87,13 @@ class EnergyLedger:
         """A request was sent to an instance. One sent a second time leaves the instance it was on."""
         if (before := self._servings.get(request_id)) is not None:
             self._close(before, now_s)
-        account = self._accounts.setdefault(instance_id, _Account())
-        serving = Serving(request_id, self._bounded(user), instance_id, now_s, input_tokens)
-        serving.seqs_before = account.count(1, now_s)
-        account.servings.append(serving)
-        self._servings[request_id] = serving
+        account = self._accounts.get(instance_id)
+        if account is None:
+            account = self._accounts[instance_id] = _Account()
+        if user.tenant not in self._tenants:
+            user = self._bounded(user)
+        serving = Serving(request_id, user, instance_id, now_s, input_tokens, seqs_before=account.count(now_s))
+        self._servings[request_id] = account.running[request_id] = serving
 
     def first_token(self, request_id: str, now_s: float) -> None:
         """Its first token came; never told of an answer that is not streamed."""
@@ -97,24 +103,40 @@ class EnergyLedger:
 
     def _close(self, serving: Serving, now_s: float) -> None:
         serving.end_s = now_s
-        self._accounts[serving.instance_id].count(-1, now_s)
+        account = self._accounts[serving.instance_id]
+        account.count(now_s)
+        del account.running[serving.id]
+        account.ended.append(serving)
+        if account.coefficients is None and len(account.ended) > KEPT_UNMETERED:
+            account.ended.popleft()
 
     def ended(
         self, request_id: str, now_s: float, input_tokens: int | None = None, output_tokens: int | None = None
-    ) -> float | None:
-        """It is over, answered or not; tokens where the engine said them. Returns its energy, as ``energy_j``."""
+    ) -> None:
+        """It is over, answered or not; tokens where the engine said them. Ask for its ``energy_j`` before."""
         serving = self._servings.pop(request_id, None)
         if serving is None:
-            return None
+            return
         self._close(serving, now_s)
-        serving.input_tokens = serving.input_tokens if input_tokens is None else input_tokens
-        row = self._row(self._unix_minute(now_s), serving.user)
+        if input_tokens is not None:
+            serving.input_tokens = input_tokens
+        if not self._row_begin_s <= now_s < self._row_end_s:
+            self._turn_page(now_s)
+        row = self._page.get(serving.user)
+        if row is None:
+            row = self._row(self._unix_minute(now_s), serving.user)
         row.requests += 1
         row.input_tokens += serving.input_tokens
         row.output_tokens += output_tokens or 0
+
+    def _turn_page(self, now_s: float) -> None:
+        """A minute is over: the next one's rows."""
+        minute = self._unix_minute(now_s)
+        self._page = self._minutes.setdefault(minute, {})
+        self._row_begin_s = minute * MINUTE_S - self._offset_s
+        self._row_end_s = self._row_begin_s + MINUTE_S
         if now_s > self._tidied_s + LATE_S:  # where nobody meters, nobody settles
             self._tidy(now_s)
-        return self._energy_j(serving, now_s, output_tokens)
 
     def energy_j(self, request_id: str, now_s: float, output_tokens: int | None = None) -> float | None:
         """Energy of a request in flight, up to now: what is settled, and an estimate of what is not.
@@ -132,7 +154,7 @@ class EnergyLedger:
         (worked_s, first_s), _ = serving.spans(c)
         first_s = min(first_s, now_s)
         life_s = now_s - serving.begin_s
-        batch = max(1.0, (account.count(0, now_s) - serving.seqs_before) / life_s) if life_s > 0.0 else 1.0
+        batch = max(1.0, (account.count(now_s) - serving.seqs_before) / life_s) if life_s > 0.0 else 1.0
         open_j = 0.0
         if first_s > (from_s := max(worked_s, settled_s)):
             open_j = (first_s - from_s) / (first_s - worked_s) * prefill_j(c, gpus, serving.input_tokens, batch)
@@ -179,13 +201,13 @@ class EnergyLedger:
         self._tidied_s = now_s
         for instance_id, account in tuple(self._accounts.items()):
             self._forget(account, now_s)
-            if not account.servings and not account.open and account.settled_s < now_s - FORGET_S:
+            if not account.running and not account.ended and not account.open and account.settled_s < now_s - FORGET_S:
                 del self._accounts[instance_id]
         self._trim(now_s)
 
     def _settle(self, account: _Account, interval: Interval) -> None:
         for piece in self._by_minute(interval):
-            attribution = attribute(piece, account.servings)
+            attribution = attribute(piece, (*account.running.values(), *account.ended))
             if attribution.scale is not None:
                 account.scale = attribution.scale
             minute = self._unix_minute(piece.begin_s)
@@ -237,16 +259,12 @@ class EnergyLedger:
 
     def _forget(self, account: _Account, now_s: float) -> None:
         """Let go of requests that are settled, and of those nobody ever ended."""
-        kept = []
-        for serving in account.servings:
-            running = serving.end_s is None and serving.begin_s >= now_s - FORGET_S
-            unsettled = serving.end_s is not None and max(account.settled_s, now_s - LATE_S) < serving.end_s
-            if running or unsettled:
-                kept.append(serving)
-            elif self._servings.get(serving.id) is serving:
-                self._close(serving, now_s)
-                del self._servings[serving.id]
-        account.servings = kept
+        for serving in [s for s in account.running.values() if s.begin_s < now_s - FORGET_S]:
+            self._close(serving, now_s)
+            del self._servings[serving.id]
+        settled_s = max(account.settled_s, now_s - LATE_S)
+        while account.ended and (account.ended[0].end_s or now_s) <= settled_s:
+            account.ended.popleft()
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -266,6 +284,7 @@ class EnergyLedger:
             if minute >= oldest and self._rows <= self._max_rows:
                 break
             self._rows -= len(self._minutes.pop(minute))
+            self._row_end_s = self._row_begin_s  # it may have been the present one
 
     def window(self, since_s: float, now_s: float) -> EnergyWindow:
         """The last ``since_s`` seconds (as far as they are kept), from the start of the minute they begin in."""
@@ -287,7 +306,7 @@ class EnergyLedger:
     def snapshot(self) -> dict[str, Any]:
         """All booked minutes, as a document of plain values. What is not settled is not in it."""
         rows = [
-            {"minute": minute, **asdict(user), **asdict(row)}
+            {"minute": minute, **msgspec.structs.asdict(user), **asdict(row)}
             for minute, users in self._minutes.items()
             for user, row in users.items()
         ]
