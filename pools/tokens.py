@@ -12,21 +12,23 @@ Pure: reads no text, only sizes; saved and restored as a plain dict.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
+
+import msgspec
 
 from pools.classes import ClassCuts
 
 Messages = list[tuple[str, str]]  # (role, text)
 
 
-class PromptSize(NamedTuple):
+class PromptSize(msgspec.Struct, frozen=True, gc=False):
     """How much prompt there is."""
 
     text_bytes: int  # of all its text, as UTF-8 JSON
     messages: int = 0  # of a chat; 0 for a plain completion
 
 
-class TokenEstimate(NamedTuple):
+class TokenEstimate(msgspec.Struct, frozen=True, gc=False):
     """Input tokens, and the bounds between which 95 % of the true counts lie."""
 
     tokens: int
@@ -35,13 +37,13 @@ class TokenEstimate(NamedTuple):
 
     def decides(self, cuts: ClassCuts) -> bool:
         """Whether both bounds lie in one size of input, and on one side of the longest input an SLO is fixed for."""
-        _, low, high = self
+        low, high = self.low, self.high
         first, second = cuts.input_tokens
         longest = cuts.longest_input_tokens
         return high < first or (low >= first and high < second) or (low >= second and high <= longest) or low > longest
 
 
-class TokenCount(NamedTuple):
+class TokenCount(msgspec.Struct, frozen=True, gc=False):
     """What was counted: exactly, or estimated; ``undecided`` if the truth may lie in another class."""
 
     tokens: int
@@ -145,7 +147,11 @@ class TokenEstimator:
 
     def estimate(self, model: str, size: PromptSize) -> TokenEstimate:
         """Tokens of a prompt of this size; at least 1."""
-        tokens = self._tokens(model, size)
+        line = self._lines.get(model) or self._know(model)
+        a, b, c = line.theta
+        tokens = a * size.text_bytes + b * size.messages + c
+        if tokens < 1.0:
+            tokens = 1.0
         factor = self._bounds[model][self._input_size(tokens)].factor
         return TokenEstimate(round(tokens), int(tokens / factor), math.ceil(tokens * factor))
 
@@ -153,9 +159,11 @@ class TokenEstimator:
         """Take in what the engine counted."""
         if prompt_tokens < 1:
             return
-        tokens = self._tokens(model, size)
+        line = self._lines.get(model) or self._know(model)
+        a, b, c = line.theta
+        tokens = max(a * size.text_bytes + b * size.messages + c, 1.0)
         self._bounds[model][self._input_size(tokens)].learn(abs(math.log(prompt_tokens / tokens)))
-        self._lines[model].learn(size, prompt_tokens)
+        line.learn(size, prompt_tokens)
 
     def errors(self, model: str) -> tuple[EstimateError, ...]:
         """How well it did, by size of input; sizes not seen are left out."""
@@ -194,14 +202,6 @@ class TokenEstimator:
             for bound, values in zip(other._bounds[model], known["bounds"], strict=True):
                 bound.follow(*values)
         self._lines, self._bounds = other._lines, other._bounds
-
-    def _tokens(self, model: str, size: PromptSize) -> float:
-        line = self._lines.get(model)
-        if line is None:
-            line = self._know(model)
-        a, b, c = line.theta
-        tokens = a * size.text_bytes + b * size.messages + c
-        return tokens if tokens > 1.0 else 1.0
 
     def _know(self, model: str) -> _Line:
         self._bounds[model] = (_Bound(), _Bound(), _Bound())

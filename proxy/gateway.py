@@ -25,11 +25,16 @@ class Gateway:
     def __init__(self, services: GatewayServices) -> None:
         self.services = services
         self.draining = False
+        self.now_s = services.clock()  # at the last tick: enough for what is measured in seconds
         self._admission = Admission(services)
         self._pool = ConnectionPool(services.settings, services.clock)
         self._relays: dict[str, Relay] = {}  # all that are not done
         self._waiting = 0
         self._to_learn: list[Outcome] = []
+        self._learned_per_tick = services.settings.learned_per_tick
+        self._count = services.metrics.count
+        self._observers = services.observers
+        self._address = services.directory.address
         self._connections: set[GatewayProtocol] = set()
         self._settling = False
         self._timer: asyncio.TimerHandle | None = None
@@ -91,12 +96,12 @@ class Gateway:
             self._refuse(exchange, error, request_id)
             return
         if isinstance(admitted, Undecided):
-            self._count(exchange, body, admitted)
+            self._count_tokens(exchange, body, admitted)
             return
         relay = exchange.relay = self._relays[request_id] = Relay(admitted, exchange, self, services)
         relay.start(now_s)
 
-    def _count(self, exchange: Exchange, body: bytes, undecided: Undecided) -> None:
+    def _count_tokens(self, exchange: Exchange, body: bytes, undecided: Undecided) -> None:
         """Count a long prompt in a thread; the request goes on when that is done."""
         counting = asyncio.get_running_loop().run_in_executor(None, undecided.count)
 
@@ -119,10 +124,8 @@ class Gateway:
 
     def send(self, instance_id: str, admitted: Admitted, relay: Relay) -> Link | None:
         """Send a request to an instance."""
-        address = self.services.directory.address(instance_id)
-        if address is None:
-            return None
-        return self._pool.send(address, admitted.message(address.authority), relay)
+        address = self._address(instance_id)
+        return None if address is None else self._pool.send(address, admitted.message(address.authority), relay)
 
     def wait(self, relay: Relay) -> None:
         """A request is queued."""
@@ -134,14 +137,14 @@ class Gateway:
         """A queued request is not queued any more."""
         self._waiting -= 1
 
-    def learn(self, outcome: Outcome) -> None:
-        """Keep an outcome for the next tick, where there is room."""
-        if len(self._to_learn) < self.services.settings.learned_per_tick:
+    def ended(self, outcome: Outcome) -> None:
+        """A request is done: account for it; show it to predictors at the next tick, where there is room."""
+        self._count(outcome)
+        for observe in self._observers:
+            observe(outcome)
+        if len(self._to_learn) < self._learned_per_tick:
             self._to_learn.append(outcome)
-
-    def settle(self, request_id: str) -> None:
-        """A request is done: others may go."""
-        del self._relays[request_id]
+        del self._relays[outcome.request.id]
         if self._waiting and not self._settling:
             self._release(self.services.clock())
 
@@ -168,6 +171,7 @@ class Gateway:
 
     def tick(self, now_s: float) -> None:
         """Enforce deadlines, offer places to those waiting, close idle connections."""
+        self.now_s = now_s
         for connection in list(self._connections):
             connection.check_deadlines(now_s)
         for escalated in self.services.router.escalate(now_s):

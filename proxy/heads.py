@@ -6,7 +6,7 @@ part of either: it differs from message to message, and belongs to the framing.
 
 from collections.abc import Sequence
 
-from proxy import errors
+from proxy import errors, wire
 from proxy.errors import ApiError
 from proxy.terms import NOT_PASSED, OWN_OUT, Terms, read_terms
 
@@ -30,8 +30,8 @@ class ClientHead:
         self.size_bytes = sum(len(name) + len(value) for name, value in headers)
         self.hosts = sum(name == b"host" for name, _ in lowered)
         self.expects_continue = any(name == b"expect" and value.lower() == b"100-continue" for name, value in lowered)
-        self.passed_lines = b"".join(
-            [b"%b: %b\r\n" % header for header in lowered if header[0] not in NOT_PASSED and header[0] not in named]
+        self.passed_lines = wire.header_lines(
+            header for header in lowered if header[0] not in NOT_PASSED and header[0] not in named
         )
         self.terms: Terms = read_terms(lowered, slo_bounds_s)
         self.authorized = True
@@ -48,9 +48,9 @@ class ClientHead:
 
 
 class InstanceHead:
-    """The status and headers of an instance's answer, read. Names in any case."""
+    """The status and headers of an instance's answer, read. Names in any case. ``lines``: what of it is passed on."""
 
-    __slots__ = ("passed_lines", "status", "stream")
+    __slots__ = ("lines", "status", "stream")
 
     def __init__(self, status: int, headers: Headers) -> None:
         lowered = [(name.lower(), value) for name, value in headers]
@@ -58,12 +58,8 @@ class InstanceHead:
         kind = next((value for name, value in lowered if name == b"content-type"), b"")
         self.status = status
         self.stream = status == 200 and kind.startswith(_EVENT_STREAM)
-        self.passed_lines = b"".join(
-            [
-                b"%b: %b\r\n" % header
-                for header in lowered
-                if header[0] not in not_passed and not header[0].startswith(OWN_OUT)
-            ]
+        self.lines = wire.status_line(status) + wire.header_lines(
+            header for header in lowered if header[0] not in not_passed and not header[0].startswith(OWN_OUT)
         )
 
 

@@ -5,12 +5,17 @@ label sets is bounded: models and tenants beyond the limit are counted as ``othe
 """
 
 from bisect import bisect_left
+from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, repeat
+from operator import sub
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pools.classes import RequestClass
 from proxy.outcome import Outcome
 
 TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -33,27 +38,29 @@ class Counter:
         self._documentation = documentation
         self._labels = tuple(labels)
         self._limit = limit
-        self._counts: dict[Labels, float] = {}
+        self._cells: dict[Labels, list[float]] = {}  # one count each
 
     def add(self, labels: Labels, amount: float = 1.0) -> None:
         """Count ``amount`` more."""
-        counts = self._counts
-        if labels in counts:
-            counts[labels] += amount
-        elif len(counts) < self._limit:
-            counts[labels] = amount
-        else:
-            other = (OTHER,) * len(self._labels)
-            counts[other] = counts.get(other, 0.0) + amount
+        self.cell(labels)[0] += amount
+
+    def cell(self, labels: Labels) -> list[float]:
+        """What is counted for one set of labels: keep it to count without looking for it."""
+        cell = self._cells.get(labels)
+        if cell is None:
+            if len(self._cells) >= self._limit:
+                labels = (OTHER,) * len(self._labels)
+            cell = self._cells.setdefault(labels, [0.0])
+        return cell
 
     def value(self, labels: Labels) -> float:
         """The count so far."""
-        return self._counts.get(labels, 0.0)
+        return self._cells.get(labels, (0.0,))[0]
 
     def collect(self) -> Metric:
         """As Prometheus reads it."""
         family = CounterMetricFamily(self.name, self._documentation, labels=self._labels)
-        for labels, count in self._counts.items():
+        for labels, (count,) in self._cells.items():
             family.add_metric(labels, count)
         return family
 
@@ -73,19 +80,21 @@ class Histogram:
 
     def observe(self, labels: Labels, value: float) -> None:
         """Count one value."""
-        cells = self._cells.get(labels) or self._new(labels)
+        cells = self.cells(labels)
         cells[bisect_left(self.bounds, value)] += 1
         cells[-1] += value
 
-    def observe_all(self, labels: Labels, values: Iterable[float]) -> None:
-        """Count many values."""
-        cells = self._cells.get(labels) or self._new(labels)
-        bounds = self.bounds
-        total = 0.0
-        for value in values:
-            cells[bisect_left(bounds, value)] += 1
-            total += value
-        cells[-1] += total
+    def observe_gaps(self, labels: Labels, times_s: Sequence[float]) -> None:
+        """Count the times between these, in order; nothing is interpreted for each of them."""
+        cells = self.cells(labels)
+        gaps_s = list(map(sub, islice(times_s, 1, None), times_s))
+        for bucket, count in Tally(map(bisect_left, repeat(self.bounds), gaps_s)).items():
+            cells[bucket] += count
+        cells[-1] += sum(gaps_s)
+
+    def cells(self, labels: Labels) -> list[float]:
+        """What is counted for one set of labels: keep it to count without looking for it."""
+        return self._cells.get(labels) or self._new(labels)
 
     def count(self, labels: Labels) -> int:
         """How many values were counted."""
@@ -107,6 +116,24 @@ class Histogram:
         if len(self._cells) >= self._limit:
             labels = (OTHER,) * len(self._labels)
         return self._cells.setdefault(labels, [0.0] * (len(self.bounds) + 2))
+
+
+class _Cells(NamedTuple):
+    """Where requests of one (model, class, pool) are counted."""
+
+    labels: Labels
+    statuses: dict[int, list[float]]
+    duration: list[float]
+    input_tokens: list[float]
+    output_tokens: list[float]
+
+
+class _TenantCells(NamedTuple):
+    """Where a tenant's are."""
+
+    requests: list[float]
+    input_tokens: list[float]
+    output_tokens: list[float]
 
 
 class GatewayMetrics(Collector):
@@ -150,39 +177,79 @@ class GatewayMetrics(Collector):
             "gen_ai_client_token_usage", "Tokens a request", TOKEN_BUCKETS, *by_class, "gen_ai_token_type"
         )
         self.loop_lag = histogram("dynamollm_event_loop_lag_seconds", "Lateness of a timer", LAG_BUCKETS_S)
-        self._ended: list[tuple[Outcome, bool]] = []
+        self._ended: list[Outcome] = []
+        self._cells: dict[tuple[str, RequestClass, str | None], _Cells] = {}
+        self._tenants: dict[str, _TenantCells] = {}
+        self._label_limit = label_limit
         self._gauges: dict[str, tuple[str, float]] = {}
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    def count(self, outcome: Outcome, stream: bool) -> None:
+    def count(self, outcome: Outcome) -> None:
         """Count how a request ended; done for many at a time, and before anybody looks."""
-        self._ended.append((outcome, stream))
-        if len(self._ended) >= _COUNTED_TOGETHER:
+        ended = self._ended
+        ended.append(outcome)
+        if len(ended) >= _COUNTED_TOGETHER:
             self.settle()
 
     def settle(self) -> None:
         """Count those that ended since the last time."""
         ended, self._ended = self._ended, []
-        for outcome, stream in ended:
-            self._count(outcome, stream)
+        for outcome in ended:
+            request = outcome.request
+            cells = self._cells.get((request.model, request.request_class, outcome.pool)) or self._make_cells(outcome)
+            labels, statuses, durations, inputs, outputs = cells
+            (statuses.get(outcome.status) or self._make_status(cells, outcome.status))[0] += 1.0
+            requests, tenant_inputs, tenant_outputs = self._tenants.get(request.tenant) or self._make_tenant(
+                request.tenant
+            )
+            requests[0] += 1.0
+            duration_s = outcome.ended_s - request.arrival_s
+            durations[bisect_left(DURATION_BUCKETS_S, duration_s)] += 1.0
+            durations[-1] += duration_s
+            tokens = outcome.prompt_tokens
+            if tokens is not None:
+                inputs[bisect_left(TOKEN_BUCKETS, tokens)] += 1.0
+                inputs[-1] += tokens
+                tenant_inputs[0] += tokens
+            tokens = outcome.completion_tokens
+            if tokens is not None:
+                outputs[bisect_left(TOKEN_BUCKETS, tokens)] += 1.0
+                outputs[-1] += tokens
+                tenant_outputs[0] += tokens
+            if outcome.cancelled:
+                self.cancelled.add(labels)
+            if outcome.streamed and outcome.first_token_s is not None:
+                self._count_latency(outcome, outcome.first_token_s, labels)
 
-    def _count(self, outcome: Outcome, stream: bool) -> None:
+    def _make_cells(self, outcome: Outcome) -> "_Cells":
+        """The cells of a (model, class, pool); with too many of them the histograms merge, not we."""
         request = outcome.request
         labels = (request.model, request.request_class.name, outcome.pool or "")
-        if outcome.cancelled:
-            self.cancelled.add(labels)
-        self.requests.add((*labels, str(outcome.status)))
-        self.tenant_requests.add((request.tenant,))
-        self.duration.observe(labels, outcome.ended_s - request.arrival_s)
-        if outcome.prompt_tokens is not None:
-            self.tokens.observe((*labels, "input"), outcome.prompt_tokens)
-            self.tenant_tokens.add((request.tenant, "input"), outcome.prompt_tokens)
-        if outcome.completion_tokens is not None:
-            self.tokens.observe((*labels, "output"), outcome.completion_tokens)
-            self.tenant_tokens.add((request.tenant, "output"), outcome.completion_tokens)
-        if stream and outcome.first_token_s is not None:
-            self._count_latency(outcome, outcome.first_token_s, labels)
+        cells = _Cells(
+            labels,
+            {},
+            self.duration.cells(labels),
+            self.tokens.cells((*labels, "input")),
+            self.tokens.cells((*labels, "output")),
+        )
+        if len(self._cells) < self._label_limit:
+            self._cells[request.model, request.request_class, outcome.pool] = cells
+        return cells
+
+    def _make_status(self, cells: "_Cells", status: int) -> list[float]:
+        cell = cells.statuses[status] = self.requests.cell((*cells.labels, str(status)))
+        return cell
+
+    def _make_tenant(self, tenant: str) -> "_TenantCells":
+        cells = _TenantCells(
+            self.tenant_requests.cell((tenant,)),
+            self.tenant_tokens.cell((tenant, "input")),
+            self.tenant_tokens.cell((tenant, "output")),
+        )
+        if len(self._tenants) < self._label_limit:
+            self._tenants[tenant] = cells
+        return cells
 
     def _count_latency(self, outcome: Outcome, first_token_s: float, labels: Labels) -> None:
         request = outcome.request

@@ -19,3 +19,4 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int | None
     completion_tokens: int | None
     cancelled: bool
+    streamed: bool = False  # the instance answered with a stream

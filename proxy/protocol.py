@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, cast
 
 import httptools
+import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from proxy import errors, wire
@@ -35,54 +36,60 @@ class Reading(IntEnum):
     NOTHING = 3  # a whole request is there
 
 
+_HEAD_OR_END, _HEAD, _BODY, _NOTHING = Reading  # looking a member up takes longer than comparing it
+
+
 class _NoEvent:
     def set(self) -> None:
         """Nobody waits."""
 
 
+class _NoTrailers(list[Any]):
+    """What is put here is gone."""
+
+    def append(self, header: Any) -> None:
+        """Drop it."""
+
+
+class Route(msgspec.Struct, frozen=True):
+    """What became of a request's line and head: a connection mostly sends the same again."""
+
+    url: bytes
+    method: bytes
+    http_1_0: bool
+    head: ClientHead
+    path: bytes | None  # the relayed path; None: the application's
+    refusal: ApiError | None
+
+
 _NO_EVENT = _NoEvent()
+_NO_ROUTE = Route(b"", b"", False, ClientHead((), (0.0, 0.0)), None, None)
 
 
-class Exchange:
+class Exchange(msgspec.Struct, eq=False):
     """One relayed request and its answer: the relay's ``ClientPort``; to uvicorn, what its cycle is."""
 
-    __slots__ = (
-        "_protocol",
-        "arrived",
-        "body",
-        "chunked",
-        "disconnected",
-        "head",
-        "keep_alive",
-        "message_event",
-        "path",
-        "relay",
-        "response_complete",
-        "write",
-    )
-
-    def __init__(self, protocol: "GatewayProtocol", path: bytes, head: ClientHead, http_1_0: bool) -> None:
-        self._protocol = protocol
-        self.path = path
-        self.head = head
-        self.body: list[bytes] = []
-        self.arrived = False  # the whole body is here
-        self.chunked = not http_1_0
-        self.keep_alive = not http_1_0 and protocol.parser.should_keep_alive()
-        self.relay: Relay | None = None
-        self.write: Callable[[bytes], None] = protocol.transport.write
-        self.response_complete = False
-        # uvicorn sets these on what it holds as a cycle
-        self.disconnected = False
-        self.message_event = _NO_EVENT
+    protocol: "GatewayProtocol"
+    path: bytes
+    head: ClientHead
+    chunked: bool
+    keep_alive: bool
+    write: Callable[[bytes], None]
+    body: list[bytes] = []
+    arrived: bool = False  # the whole body is here
+    relay: Relay | None = None
+    response_complete: bool = False
+    # uvicorn sets these on what it holds as a cycle
+    disconnected: bool = False
+    message_event: _NoEvent = _NO_EVENT
 
     def finish(self) -> None:
         """The answer is complete."""
-        self._protocol.finished(self)
+        self.protocol.finished(self)
 
     def abort(self) -> None:
         """Cut the connection: the answer is not complete."""
-        self._protocol.transport.abort()
+        self.protocol.transport.abort()
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -97,14 +104,18 @@ class GatewayProtocol(HttpToolsProtocol):
         super().connection_made(cast(asyncio.Transport, transport))
         self._active: Any = None  # what is being answered: an Exchange or a cycle of uvicorn's
         self._advancing = False
+        self._incoming: Exchange | None = None  # what is being read, where it is to be relayed
         self._complete: Exchange | None = None
         self._refusal: ApiError | None = None
         self._head_bytes = 0
         self._body_bytes = 0
-        self._known_headers: list[tuple[bytes, bytes]] = []  # of the last request
-        self._known_head = self.gateway.read_head(())
-        self._reading = Reading.HEAD_OR_END
-        self._since_s = self.gateway.services.clock()
+        self._limits = self.gateway.services.settings.limits
+        self._route = _NO_ROUTE  # of the last request, and with it:
+        self._known_headers = [(b"", b"")]  # no request's
+        self._length_at = 0  # where among its headers its length stood, and how it was spelled
+        self._length_name = b""
+        self._reading = _HEAD_OR_END
+        self._since_s = self.gateway.now_s
         self._stalled_since_s: float | None = None
         self.gateway.connected(self)
 
@@ -124,9 +135,6 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests: parse them, then start what is whole."""
-        self._unset_keepalive_if_required()
-        if self._reading <= Reading.HEAD:
-            self._head_bytes += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -136,9 +144,11 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             self._refuse(self._refusal)
             return
-        if self._reading <= Reading.HEAD and self._head_bytes > self.gateway.services.settings.limits.head_bytes:
-            self._refuse(errors.head_too_large(self.gateway.services.settings.limits.head_bytes))
-            return
+        if self._reading <= _HEAD:  # still: a head that is complete has been measured
+            self._head_bytes += len(data)
+            if self._head_bytes > self._limits.head_bytes:
+                self._refuse(errors.head_too_large(self._limits.head_bytes))
+                return
         complete = self._complete
         if complete is not None:
             self._complete = None
@@ -147,7 +157,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The client reads too slowly."""
         super().pause_writing()
-        self._stalled_since_s = self.gateway.services.clock()
+        self._stalled_since_s = self.gateway.now_s
         if isinstance(self._active, Exchange) and self._active.relay is not None:
             self._active.relay.pause()
 
@@ -173,65 +183,75 @@ class GatewayProtocol(HttpToolsProtocol):
         """A request line begins."""
         self.url = b""
         self.headers = []
-        self._length_bytes = 0
-        self._length_header: tuple[bytes, bytes] | None = None
-        self._reading = Reading.HEAD
-        self._since_s = self.gateway.services.clock()
+        self._reading = _HEAD
+        self._since_s = self.gateway.now_s
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header; trailers are dropped."""
-        if self._reading is not Reading.HEAD:
-            return
-        if len(name) != 14 or name.lower() != b"content-length":
-            self.headers.append((name, value))
-        else:
-            self._length_bytes = int(value)  # the parser has seen that it is a number
-            self._length_header = (b"content-length", value)
+        """One header."""
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head is there: relay the request, hand it over, or refuse it."""
-        self._reading = Reading.BODY
+        self._reading = _BODY
         self._head_bytes = self._body_bytes = 0
-        if self.headers != self._known_headers:
-            self._known_headers = self.headers
-            self._known_head = self.gateway.read_head(self.headers)
-        head, limits = self._known_head, self.gateway.services.settings.limits
-        http_1_0 = self.parser.get_http_version() == "1.0"
-        refusal = head.refusal(self.url, http_1_0, limits.head_bytes)
-        if self.parser.should_upgrade():
-            refusal = errors.bad_request("Protocol upgrades are not supported here")
-        elif self._length_bytes > limits.body_bytes:
-            refusal = errors.body_too_large(limits.body_bytes)
+        headers, parser, at = self.headers, self.parser, self._length_at
+        # the length is no part of the head: it differs from request to request
+        if at >= len(headers) or headers[at][0] != self._length_name:
+            at = self._find_length(headers)
+        length = headers.pop(at) if at < len(headers) else None
+        route, url, method = self._route, self.url, parser.get_method()
+        http_1_0 = parser.get_http_version() == "1.0"
+        if (
+            headers != self._known_headers
+            or url != route.url
+            or method != route.method
+            or http_1_0 is not route.http_1_0
+        ):
+            route = self._find_route(url, method, http_1_0, headers)
+        refusal = route.refusal
+        if length is not None and int(length[1]) > self._limits.body_bytes:  # the parser has seen that it is a number
+            refusal = refusal or errors.body_too_large(self._limits.body_bytes)
         if refusal is not None:
             self._refusal = self._refusal or refusal
-            return
-        path = self.url if self.url in READERS else self.url.partition(b"?")[0]
-        if path in READERS and self.parser.get_method() == b"POST":
-            self._accept(Exchange(self, path, head, http_1_0))
+        elif route.path is None:
+            self._incoming = None
+            self._hand_over(length)
         else:
-            self._hand_over()
+            keep_alive = not http_1_0 and parser.should_keep_alive()
+            exchange = Exchange(self, route.path, route.head, not http_1_0, keep_alive, self.transport.write)
+            self.cycle = self._incoming = exchange
+            if self._active is None:
+                self._active = exchange
+                if route.head.expects_continue:
+                    self.transport.write(wire.CONTINUE)
+            else:
+                self._put_behind(exchange)
+        if length is None:
+            self.headers = _NoTrailers()
 
     def on_body(self, body: bytes) -> None:
         """Some of a body."""
+        exchange = self._incoming
         if self._refusal is not None:
             return
         self._body_bytes += len(body)
-        if self._body_bytes > self.gateway.services.settings.limits.body_bytes:
-            self._refusal = errors.body_too_large(self.gateway.services.settings.limits.body_bytes)
-        elif isinstance(self.cycle, Exchange):
-            self.cycle.body.append(body)
+        if self._body_bytes > self._limits.body_bytes:
+            self._refusal = errors.body_too_large(self._limits.body_bytes)
+        elif exchange is not None:
+            exchange.body.append(body)
         else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A request is whole."""
-        self._reading = Reading.NOTHING
-        exchange = self.cycle
+        self._reading = _NOTHING
+        exchange = self._incoming
         if self._refusal is not None:
             return
-        if not isinstance(exchange, Exchange):
+        if exchange is None:
             super().on_message_complete()
             return
+        self._incoming = None
         exchange.arrived = True
         if exchange is self._active:
             self._complete = exchange
@@ -247,42 +267,59 @@ class GatewayProtocol(HttpToolsProtocol):
         if not isinstance(cycle, Exchange):
             super()._start_asgi_task(cycle, app)
             return
-        if cycle.head.expects_continue and not cycle.arrived:
-            self.transport.write(wire.CONTINUE)
         if cycle.arrived:
             self._begin(cycle)
+        elif cycle.head.expects_continue:
+            self.transport.write(wire.CONTINUE)
 
     # Inside
 
-    def _accept(self, exchange: Exchange) -> None:
-        self.cycle = exchange
-        if self._active is None:
-            self._start_asgi_task(exchange, self.app)
-            return
+    def _find_length(self, headers: list[tuple[bytes, bytes]]) -> int:
+        """Where the length of the body stands; beyond the end where it does not."""
+        for at, (name, _) in enumerate(headers):
+            if len(name) == 14 and name.lower() == b"content-length":
+                self._length_at, self._length_name = at, name
+                return at
+        return len(headers)
+
+    def _find_route(self, url: bytes, method: bytes, http_1_0: bool, headers: list[tuple[bytes, bytes]]) -> Route:
+        """Read a request's line and head that are not those of the last one."""
+        head = self._route.head if headers == self._known_headers else self.gateway.read_head(headers)
+        if self.parser.should_upgrade():
+            refusal: ApiError | None = errors.bad_request("Protocol upgrades are not supported here")
+        else:
+            refusal = head.refusal(url, http_1_0, self._limits.head_bytes)
+        path = url.partition(b"?")[0]
+        relayed = path in READERS and method == b"POST"
+        self._known_headers = headers
+        self._route = Route(url, method, http_1_0, head, path if relayed else None, refusal)
+        return self._route
+
+    def _put_behind(self, exchange: Exchange) -> None:
+        """Another request is being answered: this one waits, and after some the client, too."""
         self.pipeline.appendleft((exchange, self.app))
-        limit = self.gateway.services.settings.limits.pipelined_requests
+        limit = self._limits.pipelined_requests
         if len(self.pipeline) >= limit:
             self.flow.pause_reading()
         if len(self.pipeline) > 16 * limit:  # all in what was read before the pause
             self._refusal = errors.bad_request("Too many pipelined requests")
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, length: tuple[bytes, bytes] | None) -> None:
         """Give the request to uvicorn's own path, as if it had read the head itself."""
         url, headers = self.url, self.headers
         super().on_message_begin()
         self.url = url
         self.headers += [(name.lower(), value) for name, value in headers]
-        if self._length_header is not None:
-            self.headers.append(self._length_header)
-        self.expect_100_continue = self._known_head.expects_continue
+        if length is not None:
+            self.headers.append((b"content-length", length[1]))
+        self.expect_100_continue = self._route.head.expects_continue
         if self.cycle is not None and self._active is None:
             self.cycle = None
         super().on_headers_complete()
 
     def _begin(self, exchange: Exchange) -> None:
-        body = exchange.body[0] if len(exchange.body) == 1 else b"".join(exchange.body)
-        exchange.body = []
-        self.gateway.begin(exchange, body)
+        pieces, exchange.body = exchange.body, []
+        self.gateway.begin(exchange, pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def finished(self, exchange: Exchange) -> None:
         """An exchange is answered."""
@@ -299,14 +336,15 @@ class GatewayProtocol(HttpToolsProtocol):
     def _next(self) -> None:
         self.server_state.total_requests += 1
         self._active = None
-        if self.transport.is_closing():
-            return
-        self.flow.resume_reading()
-        if self._reading is Reading.NOTHING:
-            self._reading = Reading.HEAD_OR_END
-            self._since_s = self.gateway.services.clock()
-        if self._advancing:  # called from within the loop below
-            return
+        if self._reading is _NOTHING:
+            self._reading = _HEAD_OR_END
+            self._since_s = self.gateway.now_s
+        if self.flow.read_paused and not self.transport.is_closing():
+            self.flow.resume_reading()
+        if self.pipeline and not self._advancing:  # else called from within the loop of ``_advance``
+            self._advance()
+
+    def _advance(self) -> None:
         self._advancing = True
         try:
             while self.pipeline and self._active is None and not self.transport.is_closing():
@@ -334,9 +372,9 @@ class GatewayProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif isinstance(active, Exchange) and active.relay is not None:
             active.relay.check_deadlines(now_s)
-        elif self._reading is Reading.HEAD and now_s - self._since_s > deadlines.head_s:
+        elif self._reading is _HEAD and now_s - self._since_s > deadlines.head_s:
             self._refuse(errors.slow_client("head", deadlines.head_s))
-        elif self._reading is Reading.BODY and now_s - self._since_s > deadlines.head_s + deadlines.body_s:
+        elif self._reading is _BODY and now_s - self._since_s > deadlines.head_s + deadlines.body_s:
             self._refuse(errors.slow_client("body", deadlines.body_s))
         elif active is None and now_s - self._since_s > deadlines.keep_alive_s:
             self.transport.close()

@@ -33,8 +33,9 @@ The answer's body is passed on as whole events (see ``proxy.sse``) or, where it 
 """
 
 from enum import IntEnum
-from itertools import pairwise
 from typing import Protocol
+
+import msgspec
 
 from pools.request import Assigned, Decision, Queued, Rejected
 from proxy import errors, wire
@@ -46,6 +47,7 @@ from proxy.services import GatewayServices
 from proxy.sse import EventFilter, Usage, error_status, first_event, usage_of, with_tier
 
 _NO_HEAD = InstanceHead(0, ())
+_NOBODY: frozenset[str] = frozenset()
 _GAPS_AT_ONCE = 512  # arrival times kept before they are counted
 _ATTEMPTS = 2
 
@@ -59,6 +61,9 @@ class State(IntEnum):
     HOLDING = 3
     RELAYING = 4
     DONE = 5
+
+
+_NEW, _QUEUED, _AWAITING, _HOLDING, _RELAYING, _DONE = State  # looking a member up takes longer than comparing it
 
 
 class Failure(IntEnum):
@@ -109,58 +114,39 @@ class Network(Protocol):
     def waited(self) -> None:
         """A queued request is not queued any more."""
 
-    def learn(self, outcome: Outcome) -> None:
-        """Show predictors how a request ended, in time."""
-
-    def settle(self, request_id: str) -> None:
-        """A request is done: let others go that may now."""
+    def ended(self, outcome: Outcome) -> None:
+        """A request is done: account for it, and let others go that may now."""
 
 
-class Relay:
+class Relay(msgspec.Struct, eq=False):
     """One request's way through the gateway; see the module's docstring."""
 
-    __slots__ = (
-        "_admitted",
-        "_answer_head",
-        "_arrivals_s",
-        "_assigned",
-        "_attempts",
-        "_chunks",
-        "_client",
-        "_events",
-        "_excluded",
-        "_first_s",
-        "_held",
-        "_link",
-        "_network",
-        "_services",
-        "_usage",
-        "state",
-    )
-
-    def __init__(self, admitted: Admitted, client: ClientPort, network: Network, services: GatewayServices) -> None:
-        self.state = State.NEW
-        self._admitted = admitted
-        self._client = client
-        self._network = network
-        self._services = services
-        self._link: Link | None = None
-        self._assigned: Assigned | None = None
-        self._excluded: frozenset[str] = frozenset()
-        self._attempts = 0
-        self._answer_head = _NO_HEAD
-        self._held = b""
-        self._events: EventFilter | None = None
-        self._usage: Usage | None = None
-        self._first_s: float | None = None
-        self._arrivals_s: list[float] = []  # of events whose gaps are not counted yet
-        self._chunks = 0  # events whose gaps are
+    _admitted: Admitted
+    _client: ClientPort
+    _network: Network
+    _services: GatewayServices
+    state: State = _NEW
+    _link: Link | None = None
+    _assigned: Assigned | None = None
+    _excluded: frozenset[str] = _NOBODY
+    _attempts: int = 0
+    _answer_head: InstanceHead = _NO_HEAD
+    _held: bytes = b""
+    _events: EventFilter | None = None
+    _usage: Usage | None = None
+    _first_s: float | None = None
+    _arrivals_s: list[float] = []  # of events whose gaps are not counted yet
+    _chunks: int = 0  # events whose gaps are
 
     # What happens to the request
 
     def start(self, now_s: float) -> None:
         """The request is read and understood."""
-        self._decide(self._services.router.route(self._admitted.request, now_s), now_s)
+        decision = self._services.router.route(self._admitted.request, now_s)
+        if decision.__class__ is Assigned:  # mostly: no time to lose
+            self._send(decision, now_s)
+        else:
+            self._decide(decision, now_s)
 
     def decision(self, decision: Assigned | Rejected, now_s: float) -> None:
         """The router released it from the queue."""
@@ -169,7 +155,7 @@ class Relay:
 
     def moved(self, decision: Assigned | Rejected, now_s: float) -> None:
         """The router takes it elsewhere, or gives it up, for it would be late where it is."""
-        if State.QUEUED <= self.state <= State.HOLDING:
+        if _QUEUED <= self.state <= _HOLDING:
             if not self._left_queue():
                 self._attempts -= 1  # it is no fault of the instance's
             self._close_link()
@@ -178,22 +164,22 @@ class Relay:
 
     def client_gone(self, now_s: float) -> None:
         """Its client closed the connection."""
-        if self.state is not State.DONE:
+        if self.state is not _DONE:
             self._close_link()
             self._services.router.on_cancelled(self._admitted.request.id, now_s)
             self._done(499, now_s, cancelled=True)
 
     def shutdown(self, now_s: float) -> None:
         """The grace is over."""
-        if self.state is not State.DONE:
+        if self.state is not _DONE:
             self._give_up(errors.shutting_down(), now_s)
 
     def check_deadlines(self, now_s: float) -> None:
         """Called now and then."""
-        if self.state is State.DONE:
+        if self.state is _DONE:
             return
         deadlines = self._services.settings.deadlines
-        limit_s = deadlines.total_s if self.state is State.RELAYING else deadlines.first_byte_s
+        limit_s = deadlines.total_s if self.state is _RELAYING else deadlines.first_byte_s
         if now_s - self._admitted.request.arrival_s > limit_s:
             self._give_up(errors.late(limit_s), now_s)
 
@@ -201,13 +187,14 @@ class Relay:
 
     def head(self, head: InstanceHead) -> None:
         """The instance's status line and headers."""
-        if self.state is State.AWAITING:
-            self.state = State.HOLDING
+        if self.state is _AWAITING:
+            self.state = _HOLDING
             self._answer_head = head
 
     def body(self, payload: bytes, now_s: float) -> None:
         """Bytes of the instance's answer, without their framing."""
-        if self.state is State.RELAYING:
+        state = self.state
+        if state is _RELAYING:
             events = self._events
             if events is not None:
                 arrivals_s = self._arrivals_s
@@ -218,7 +205,7 @@ class Relay:
             if payload:
                 client = self._client
                 client.write(b"%x\r\n%b\r\n" % (len(payload), payload) if client.chunked else payload)
-        elif self.state is State.HOLDING:
+        elif state is _HOLDING:
             self._held = self._held + payload if self._held else payload
             if self._answer_head.stream:
                 self._inspect(now_s)
@@ -228,17 +215,17 @@ class Relay:
     def end(self, now_s: float) -> None:
         """The instance's answer is complete."""
         self._link = None
-        if self.state is State.HOLDING:
+        if self.state is _HOLDING:
             self._end_held(now_s)
-        elif self.state is State.RELAYING:
+        elif self.state is _RELAYING:
             self._end_relayed(now_s)
 
     def broken(self, failure: Failure, now_s: float) -> None:
         """The instance could not be reached, closed the connection, or did not speak HTTP."""
         self._link = None
-        if self.state is State.RELAYING:
+        if self.state is _RELAYING:
             self._die(errors.broken(), failure.name.lower(), now_s)
-        elif self.state is not State.DONE:
+        elif self.state is not _DONE:
             error = errors.unreachable() if failure is Failure.UNREACHABLE else errors.broken()
             self._try_elsewhere(error, failure.name.lower(), now_s)
 
@@ -257,9 +244,9 @@ class Relay:
     # Routing
 
     def _left_queue(self) -> bool:
-        if self.state is not State.QUEUED:
+        if self.state is not _QUEUED:
             return False
-        self.state = State.NEW
+        self.state = _NEW
         self._network.waited()
         return True
 
@@ -267,18 +254,18 @@ class Relay:
         if isinstance(decision, Assigned):
             self._send(decision, now_s)
         elif isinstance(decision, Queued):
-            self.state = State.QUEUED
+            self.state = _QUEUED
             self._network.wait(self)
         else:
             self._services.metrics.dropped.add((decision.reason.value,))
             self._answer_error(errors.rejected(decision), now_s)
 
     def _send(self, assigned: Assigned, now_s: float) -> None:
-        self.state = State.AWAITING
+        self.state = _AWAITING
         self._assigned = assigned
         self._attempts += 1
-        self._link = self._network.send(assigned.instance_id, self._admitted, self)
-        if self._link is None:
+        link = self._link = self._network.send(assigned.instance_id, self._admitted, self)
+        if link is None:
             self.broken(Failure.UNREACHABLE, now_s)
 
     def _try_elsewhere(self, error: ApiError, kind: str, now_s: float) -> None:
@@ -329,7 +316,7 @@ class Relay:
 
     def _commit(self, now_s: float) -> None:
         """Write the head and what is held; from here on there is no way back."""
-        self.state = State.RELAYING
+        self.state = _RELAYING
         client, held = self._client, self._held
         self._held = b""
         if self._answer_head.stream:
@@ -351,17 +338,26 @@ class Relay:
         if self._answer_head.stream:
             self._try_elsewhere(errors.broken("The instance ended the stream before its first event"), "empty", now_s)
             return
-        body = self._held
-        self._usage = usage_of(body)
+        body, admitted, services, head = self._held, self._admitted, self._services, self._answer_head
+        usage = self._usage = usage_of(body)
         self._first_s = now_s
-        if self._admitted.tier is not None:
-            body = with_tier(body, self._admitted.tier)
-        self._services.router.on_finished(self._admitted.request.id, self._output_tokens(), now_s)
-        outcome = self._outcome(self._answer_head.status, now_s, cancelled=False)
-        energy_j = self._services.energy_j(outcome) if self._services.energy_j is not None else None
-        energy = b"" if energy_j is None else b"x-dynamollm-energy-mj: %d\r\n" % round(energy_j * 1000)
-        self._client.write(self._head(energy + wire.content_length(len(body))) + body)
-        self._done(self._answer_head.status, now_s, outcome=outcome)
+        if admitted.tier is not None:
+            body = with_tier(body, admitted.tier)
+        services.router.on_finished(admitted.request.id, (usage.completion_tokens or 0) if usage else 0, now_s)
+        outcome = self._outcome(head.status, now_s, cancelled=False)
+        energy_j = services.energy_j(outcome) if services.energy_j is not None else None
+        self._client.write(
+            b"%b%b%bcontent-length: %d\r\n%b%b"
+            % (
+                head.lines,
+                self._own_lines(),
+                b"" if energy_j is None else b"x-dynamollm-energy-mj: %d\r\n" % round(energy_j * 1000),
+                len(body),
+                b"\r\n" if self._client.keep_alive else wire.CLOSE_AND_BLANK,
+                body,
+            )
+        )
+        self._ended(outcome)
 
     # Relaying: the client has seen bytes
 
@@ -399,7 +395,7 @@ class Relay:
         """A deadline or the shutdown ends it, wherever it is."""
         self._close_link()
         self._services.router.on_cancelled(self._admitted.request.id, now_s)
-        if self.state is State.RELAYING:
+        if self.state is _RELAYING:
             self._tell_in_stream(error)
             self._done(error.status, now_s)
         else:
@@ -413,15 +409,19 @@ class Relay:
         self._client.write(wire.error_answer(error, self._own_lines(), self._client.keep_alive))
         self._done(error.status, now_s)
 
-    def _done(self, status: int, now_s: float, cancelled: bool = False, outcome: Outcome | None = None) -> None:
+    def _done(self, status: int, now_s: float, cancelled: bool = False) -> None:
         self._left_queue()
-        self.state = State.DONE
         if self._events is not None:
             self._usage = self._events.usage
-        self._account(outcome or self._outcome(status, now_s, cancelled))
-        if not cancelled:
+        if self._arrivals_s:
+            self._count_gaps()
+        self._ended(self._outcome(status, now_s, cancelled))
+
+    def _ended(self, outcome: Outcome) -> None:
+        self.state = _DONE
+        self._network.ended(outcome)
+        if not outcome.cancelled:
             self._client.finish()
-        self._network.settle(self._admitted.request.id)
 
     def _close_link(self) -> None:
         if self._link is not None:
@@ -429,10 +429,10 @@ class Relay:
             self._link = None
 
     def _outcome(self, status: int, now_s: float, cancelled: bool) -> Outcome:
-        usage, assigned = self._usage, self._assigned
+        usage, assigned, admitted = self._usage, self._assigned, self._admitted
         return Outcome(
-            self._admitted.request,
-            self._admitted.fields,
+            admitted.request,
+            admitted.fields,
             status,
             assigned.instance_id if assigned else None,
             assigned.pool if assigned else None,
@@ -441,6 +441,7 @@ class Relay:
             usage.prompt_tokens if usage else None,
             usage.completion_tokens if usage else None,
             cancelled,
+            self._answer_head.stream,
         )
 
     def _output_tokens(self) -> int:
@@ -449,43 +450,21 @@ class Relay:
             return self._usage.completion_tokens
         return self._chunks + len(self._arrivals_s)
 
-    def _account(self, outcome: Outcome) -> None:
-        if self._arrivals_s:
-            self._count_gaps()
-        self._services.metrics.count(outcome, self._answer_head.stream)
-        for observe in self._services.observers:
-            observe(outcome)
-        self._network.learn(outcome)
-
     def _count_gaps(self) -> None:
         """Gaps between arrivals into the histogram, many at a time; the last arrival begins the next ones."""
         arrivals_s = self._arrivals_s
         request, assigned = self._admitted.request, self._assigned
         labels = (request.model, request.request_class.name, assigned.pool if assigned else "")
-        gaps_s = [later - earlier for earlier, later in pairwise(arrivals_s)]
-        self._services.metrics.tbt.observe_all(labels, gaps_s)
-        self._chunks += len(gaps_s)
+        self._services.metrics.tbt.observe_gaps(labels, arrivals_s)
+        self._chunks += len(arrivals_s) - 1
         del arrivals_s[:-1]
 
     # Heads
 
     def _head(self, framing: bytes) -> bytes:
-        head, keep_alive = self._answer_head, self._client.keep_alive
-        return b"".join(
-            (
-                wire.status_line(head.status),
-                head.passed_lines,
-                framing,
-                self._own_lines(),
-                b"\r\n" if keep_alive else wire.CLOSE + b"\r\n",
-            )
-        )
+        end = b"\r\n" if self._client.keep_alive else wire.CLOSE_AND_BLANK
+        return b"".join((self._answer_head.lines, framing, self._own_lines(), end))
 
     def _own_lines(self) -> bytes:
-        admitted, assigned = self._admitted, self._assigned
-        if assigned is None:
-            return admitted.own_lines
-        return admitted.own_lines + b"x-dynamollm-pool: %b\r\nx-dynamollm-instance: %b\r\n" % (
-            assigned.pool.encode(),
-            assigned.instance_id.encode(),
-        )
+        lines, assigned = self._admitted.own_lines, self._assigned
+        return lines if assigned is None else lines + wire.placed_lines(assigned.pool, assigned.instance_id)

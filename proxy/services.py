@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
+import msgspec
+
 from pools.escalation import Escalated
 from pools.request import Assigned, Decision, Rejected, Request
 from pools.tokens import Messages, PromptSize, TokenCount
@@ -59,8 +61,7 @@ class LengthPredictor(Protocol):
         """Predicted tokens of the answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(msgspec.Struct, frozen=True, gc=False):
     """Where an instance listens."""
 
     host: str

@@ -33,11 +33,15 @@ class Phase(IntEnum):
     CLOSED = 3
 
 
+_DIALLING, _BUSY, _IDLE, _CLOSED = Phase  # looking a member up takes longer than comparing it
+
+
 class Connection(asyncio.Protocol):
     """One connection to one instance; to a relay, its ``Link``."""
 
     __slots__ = (
         "_address",
+        "_clock",
         "_complete",
         "_dial",
         "_fresh",
@@ -45,6 +49,8 @@ class Connection(asyncio.Protocol):
         "_headers",
         "_keep_alive",
         "_known_headers",
+        "_length_at",
+        "_length_name",
         "_message",
         "_parser",
         "_pieces",
@@ -61,6 +67,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, pool: "ConnectionPool", address: Address) -> None:
         self._pool = pool
+        self._clock = pool.clock
         self._address = address
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -68,11 +75,13 @@ class Connection(asyncio.Protocol):
         self._message = b""
         self._dial: asyncio.Task[None] | None = None
         self._fresh = True  # never used before
-        self.phase = Phase.DIALLING
+        self.phase = _DIALLING
         self.idle_since_s = 0.0
-        # the head of the last answer
+        # the head of the last answer, and where its length stood and how it was spelled
         self._known_headers: list[tuple[bytes, bytes]] = []
         self._head = InstanceHead(0, ())
+        self._length_at = 0
+        self._length_name = b""
         # of the present answer
         self._status = 0
         self._headers: list[tuple[bytes, bytes]] = []
@@ -106,15 +115,17 @@ class Connection(asyncio.Protocol):
         """Send a request and give its answer to ``relay``."""
         self._message = message
         self._relay = relay
-        if self.phase is Phase.IDLE:
-            self._begin()
+        if self.phase is _IDLE and self._transport is not None:
+            self.phase = _BUSY
+            self._expect_answer()
+            self._transport.write(message)
         else:
             self._dial = asyncio.get_running_loop().create_task(self._connect())
 
     @property
     def usable(self) -> bool:
         """Whether it is idle and still open."""
-        return self.phase is Phase.IDLE and self._transport is not None and not self._transport.is_closing()
+        return self.phase is _IDLE and self._transport is not None and not self._transport.is_closing()
 
     def close(self) -> None:
         """Close an idle connection."""
@@ -136,7 +147,6 @@ class Connection(asyncio.Protocol):
         if relay is None:
             self._close()
             return
-        self._silent = False
         told_head = self._status >= _INTERIM
         try:
             self._parser.feed_data(data)
@@ -148,20 +158,21 @@ class Connection(asyncio.Protocol):
             return
         try:
             if not told_head:
+                self._silent = False
                 if self._status < _INTERIM:
                     return
                 relay.head(self._read_head())
             pieces = self._pieces
             if pieces:
-                self._pieces = []
-                relay.body(pieces[0] if len(pieces) == 1 else b"".join(pieces), self._pool.clock())
+                relay.body(pieces[0] if len(pieces) == 1 else b"".join(pieces), self._clock())
+                pieces.clear()
             if self._complete and self._relay is relay:  # it may have turned away in the middle
                 self._release(relay)
         except Exception:  # a fault of ours: no client shall wait for what never comes
             if self._relay is relay:
                 self._fail(Failure.BROKEN)
             else:
-                relay.broken(Failure.BROKEN, self._pool.clock())
+                relay.broken(Failure.BROKEN, self._clock())
             raise
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -176,9 +187,9 @@ class Connection(asyncio.Protocol):
             return
         self._relay = None
         if self._until_eof and exc is None and self._status >= _INTERIM:
-            relay.end(self._pool.clock())
+            relay.end(self._clock())
         else:
-            relay.broken(Failure.BROKEN, self._pool.clock())
+            relay.broken(Failure.BROKEN, self._clock())
 
     # httptools
 
@@ -189,22 +200,26 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header; trailers are dropped."""
-        if self._status:
-            return
-        if len(name) == 14 and name.lower() == b"content-length":
-            self._until_eof = False
-        else:
+        if not self._status:
             self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head is there; interim ones (1xx) are dropped."""
-        if not self._complete:
-            self._status = self._parser.get_status_code()
-            self._keep_alive = self._parser.should_keep_alive()  # the parser forgets it with the message's end
-            if self._status in (204, 304):
-                self._until_eof = False
-            elif self._until_eof:
-                self._until_eof = not any(name.lower() == b"transfer-encoding" for name, _ in self._headers)
+        if self._complete:
+            return
+        parser, headers, at = self._parser, self._headers, self._length_at
+        status = self._status = parser.get_status_code()
+        self._keep_alive = parser.should_keep_alive()  # the parser forgets it with the message's end
+        # the length is no part of the head: it differs from answer to answer
+        if at >= len(headers) or headers[at][0] != self._length_name:
+            at = self._find_length(headers)
+        if at < len(headers):
+            del headers[at]
+            self._until_eof = False
+        elif status in (204, 304):
+            self._until_eof = False
+        else:
+            self._until_eof = not any(name.lower() == b"transfer-encoding" for name, _ in headers)
 
     def on_body(self, payload: bytes) -> None:
         """Some of the body."""
@@ -234,8 +249,16 @@ class Connection(asyncio.Protocol):
         else:
             self._dial = None
 
+    def _find_length(self, headers: list[tuple[bytes, bytes]]) -> int:
+        """Where the length of the body stands; beyond the end where it does not."""
+        for at, (name, _) in enumerate(headers):
+            if len(name) == 14 and name.lower() == b"content-length":
+                self._length_at, self._length_name = at, name
+                return at
+        return len(headers)
+
     def _begin(self) -> None:
-        self.phase = Phase.BUSY
+        self.phase = _BUSY
         self._expect_answer()
         assert self._transport is not None
         self._transport.write(self._message)
@@ -251,7 +274,7 @@ class Connection(asyncio.Protocol):
 
     def _start_over(self) -> None:
         """The connection had gone stale: the same request on a fresh one."""
-        self.phase = Phase.DIALLING
+        self.phase = _DIALLING
         self._fresh = True
         self._parser = httptools.HttpResponseParser(self)
         self._dial = asyncio.get_running_loop().create_task(self._connect())
@@ -265,7 +288,7 @@ class Connection(asyncio.Protocol):
 
     def _release(self, relay: Relay) -> None:
         """The answer is complete: back to the idle ones where it can be used again."""
-        now_s = self._pool.clock()
+        now_s = self._clock()
         transport = self._transport
         self._relay = None
         self._message = b""
@@ -276,7 +299,7 @@ class Connection(asyncio.Protocol):
             and not transport.is_closing()
             and not transport.get_write_buffer_size()
         ):
-            self.phase = Phase.IDLE
+            self.phase = _IDLE
             self.idle_since_s = now_s
             self._pool.keep(self._address, self)
         else:
@@ -287,7 +310,7 @@ class Connection(asyncio.Protocol):
         relay, self._relay = self._relay, None
         self._close()
         if relay is not None:
-            relay.broken(failure, self._pool.clock())
+            relay.broken(failure, self._clock())
 
     def _close(self) -> None:
         self._forget()
@@ -297,9 +320,9 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _forget(self) -> None:
-        if self.phase is not Phase.CLOSED:
+        if self.phase is not _CLOSED:
             self._pool.forget(self._address, self)
-            self.phase = Phase.CLOSED
+            self.phase = _CLOSED
 
 
 class ConnectionPool:
@@ -328,13 +351,16 @@ class ConnectionPool:
 
     def keep(self, address: Address, connection: Connection) -> None:
         """A connection is idle."""
-        self._idle.setdefault(address, []).append(connection)
+        idle = self._idle.get(address)
+        if idle is None:
+            idle = self._idle[address] = []
+        idle.append(connection)
 
     def forget(self, address: Address, connection: Connection) -> None:
         """A connection is closed."""
         left = self._open[address] - 1
         idle = self._idle.get(address)
-        if connection.phase is Phase.IDLE and idle and connection in idle:
+        if connection.phase is _IDLE and idle and connection in idle:
             idle.remove(connection)
         if left:
             self._open[address] = left

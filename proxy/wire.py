@@ -1,6 +1,7 @@
 """HTTP/1.1 as the gateway writes it: heads and chunks as bytes. Writing only; reading is httptools' work."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from proxy.errors import ApiError, phrase
 
@@ -9,6 +10,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNKED = b"transfer-encoding: chunked\r\n"
 CLOSE = b"connection: close\r\n"
+CLOSE_AND_BLANK = CLOSE + b"\r\n"
 
 
 def status_line(status: int) -> bytes:
@@ -24,6 +26,12 @@ def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 def chunk(payload: bytes) -> bytes:
     """One chunk of a chunked body. ``payload`` must not be empty: that would be the last."""
     return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+@lru_cache(4096)
+def placed_lines(pool: str, instance_id: str) -> bytes:
+    """Header lines that say where a request was served."""
+    return b"x-dynamollm-pool: %b\r\nx-dynamollm-instance: %b\r\n" % (pool.encode(), instance_id.encode())
 
 
 def content_length(length: int) -> bytes:

@@ -2,7 +2,6 @@
 
 import time
 
-
 monotonic_s = time.monotonic
 """Seconds that never go back; the start is arbitrary. The function itself: every request reads it several times."""
 

@@ -10,13 +10,19 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from uvicorn.server import ServerState
 
-from dynamollm.settings import AuthSettings, ControllerSettings, DriverSettings, ModelSettings, NodeSettings
-from dynamollm.settings import PoolSettings, Settings
+from dynamollm.settings import (
+    AuthSettings,
+    ControllerSettings,
+    DriverSettings,
+    ModelSettings,
+    NodeSettings,
+    PoolSettings,
+    Settings,
+)
 from dynamollm.wiring import build
 from pools.classes import RequestClass
 from pools.instances import Instance, InstanceState
@@ -125,7 +131,7 @@ def settings() -> Settings:
     )
 
 
-class Path_:
+class RelayedPath:
     """A client's connection on one side, instances on the other."""
 
     def __init__(self, clock=time.monotonic):
@@ -172,7 +178,7 @@ class Path_:
     async def exchange(self, request, *segments):
         """One request and its answer, dialling where needed."""
         self.client.data_received(request)
-        while not self.asked:
+        while not self.asked:  # noqa: ASYNC110 - dialling takes a turn or two
             await asyncio.sleep(0)
         self.answer(segments)
         return b"".join(self.taken())
@@ -223,7 +229,9 @@ class Counted:
 
     def by_file(self):
         """(file, instructions, frames), the dearest first."""
-        names = {name: str(Path(name).relative_to(ROOT)) if name.startswith(str(ROOT)) else name for name in self.frames}
+        names = {
+            name: str(Path(name).relative_to(ROOT)) if name.startswith(str(ROOT)) else name for name in self.frames
+        }
         return sorted(
             ((names[name], self.instructions[name], frames) for name, frames in self.frames.items()),
             key=lambda row: -row[1],

@@ -180,7 +180,7 @@ def test_label_sets_are_bounded():
 def test_histograms_cumulate():
     histogram = Histogram("h", "", (), (1.0, 2.0))
     histogram.observe((), 1.0)
-    histogram.observe_all((), (0.5, 1.5, 3.0))
+    histogram.observe_gaps((), (10.0, 10.5, 12.0, 15.0))
     samples = {s.labels.get("le", s.name): s.value for s in histogram.collect().samples}
     assert samples == {"1.0": 2, "2.0": 3, "+Inf": 4, "h_count": 4, "h_sum": 6.0}
 

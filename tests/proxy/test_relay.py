@@ -65,8 +65,7 @@ class Network:
         self.links = []
         self.sent_to = []
         self.waiting = 0
-        self.settled = 0
-        self.learned = []
+        self.outcomes = []
 
     def send(self, instance_id, admitted, relay):
         self.sent_to.append(instance_id)
@@ -81,11 +80,8 @@ class Network:
     def waited(self):
         self.waiting -= 1
 
-    def settle(self, request_id):
-        self.settled += 1
-
-    def learn(self, outcome):
-        self.learned.append(outcome)
+    def ended(self, outcome):
+        self.outcomes.append(outcome)
 
     @property
     def link(self):
@@ -110,7 +106,6 @@ REJECTED = Rejected(RejectReason.SATURATED, contended=True, retry_after_s=1.0)
 
 
 def relay_of(fields, *decisions, chunked=True, unknown=()):
-    outcomes = []
     services = GatewayServices(
         router=DecidedRouter(*decisions),
         directory=PlainDirectory(),
@@ -118,12 +113,11 @@ def relay_of(fields, *decisions, chunked=True, unknown=()):
         lengths=CapLengths(),
         metrics=GatewayMetrics(),
         clock=lambda: 0.0,
-        observers=(outcomes.append,),
     )
     admission = Admission(services)
     admitted = admission.admit(CHAT_PATH, admission.read_head(()), json.dumps(fields).encode(), "req-1", 0.0)
     client, network = Client(chunked), Network(unknown)
-    return Relay(admitted, client, network, services), client, network, services.router, outcomes
+    return Relay(admitted, client, network, services), client, network, services.router, network.outcomes
 
 
 def test_a_rejection_says_when_to_come_back():
@@ -317,7 +311,7 @@ def test_whatever_happens(events, decisions, stream, chunked):
         relay.client_gone(99.0)
     assert relay.state is State.DONE
     assert not any(link.open for link in network.links)  # every instance released
-    assert len(outcomes) == len(network.learned) == network.settled == 1
+    assert len(outcomes) == 1
     assert client.ends in ([[]] if outcomes[0].cancelled else [["finished"], ["aborted", "finished"]])
     assert router.told.count(("first", "req-1")) <= 1
     assert router.ends().count("finished") + router.ends().count("cancelled") <= 1

@@ -7,6 +7,7 @@ from gateway_fakes import CHAT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pools.tokens import PromptSize
 from proxy.errors import ApiError
 from proxy.fields import (
     CHAT_PATH,
@@ -74,14 +75,14 @@ def test_bytes_of_other_fields_stay_as_they_came():
 
 def test_text_is_measured_in_all_shapes():
     plain = chat(messages=[{"role": "user", "content": "x" * 100}, {"role": "assistant", "content": None}])
-    assert plain.size == (100 + 2 + len("null"), 2)
+    assert plain.size == PromptSize(100 + 2 + len("null"), 2)
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000}}
     parts = chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x" * 100}, image]}])
-    assert parts.size == (102, 1)
+    assert parts.size == PromptSize(102, 1)
     odd = chat(messages=[{"role": "user", "content": ["x"]}])
     assert odd.size.text_bytes == len('["x"]')
     assert chat(tools=[{"type": "function"}]).size.text_bytes > chat().size.text_bytes
-    assert chat(messages=[]).size == (0, 0)
+    assert chat(messages=[]).size == PromptSize(0, 0)
 
 
 @pytest.mark.parametrize(
