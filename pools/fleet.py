@@ -254,6 +254,7 @@ class Fleet:
 
     def hear(self, peers: Mapping[str, PeerLoad], now_s: float) -> None:
         """Let what all other gateways together have on each instance stand beside our own, instead of the last word."""
+        self.settle()
         for instance_id, i in self.index.items():
             known, new = self._known[instance_id], peers.get(instance_id, NOTHING)
             old, known.peers = known.peers, new
