@@ -179,8 +179,7 @@ class LearnedLengths:
         return _Promise(marks, model.expected, form, text, octaves, low, high), residuals
 
     def _sum(self, marks: list[int]) -> float:
-        weights = self._weights
-        return sum([weights[mark] for mark in marks])
+        return sum(map(self._weights.__getitem__, marks))
 
     def _residuals(self, model: _Model, octaves: float) -> Residuals:
         """The narrowest bin that has seen something, leaning on the wider ones."""

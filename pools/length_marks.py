@@ -7,8 +7,10 @@ process and after a restart. No text is kept.
 
 import re
 from binascii import crc32
-from itertools import islice, pairwise
+from functools import lru_cache
+from itertools import islice, pairwise, repeat
 from math import log2
+from operator import itemgetter
 from typing import NamedTuple
 
 from pools.lengths import LengthFeatures
@@ -20,6 +22,9 @@ PAIRS = 4  # neighbours counted together, from the beginning on: how a request i
 TURN_BYTES = 256  # read at most, whoever calls
 _WORD = re.compile(rb'\\[nrt"]|\\u[0-9a-f]{4}|[a-z\x80-\xff]{1,12}|[0-9]{1,4}|[^ a-z0-9\x80-\xff]')
 _MASK = TABLE - 1
+_masked = _MASK.__and__  # words are gone through by the interpreter's own loops: this runs for every request
+_text = itemgetter(0)
+_pair = b"%b %b".__mod__
 
 
 class Marks(NamedTuple):
@@ -39,32 +44,48 @@ def coarse(input_tokens: int) -> int:
 
 def marks_of(features: LengthFeatures) -> Marks:
     """The marks of a request; what they say is told apart by model."""
-    salt = crc32(features.model.encode("utf-8", "surrogatepass"))
-    inputs = coarse(features.input_tokens)
     form = features.tools | features.structured << 1 | features.thinking << 2
+    salt, own, shared = _form_marks(
+        features.model,
+        coarse(features.input_tokens),
+        form,
+        features.tool_choice,
+        features.tier or "",
+        features.tenant,
+        features.system,
+    )
+    return Marks(own, shared, _words(features.turn, salt) if features.turn else [])
+
+
+@lru_cache(4096)
+def _form_marks(
+    model: str, inputs: int, form: int, tool_choice: int, tier: str, tenant: str, system: int
+) -> tuple[int, list[int], list[int]]:
+    """The model's salt, and the marks that are not of the text: many requests have the same."""
+    salt = crc32(model.encode("utf-8", "surrogatepass"))
     octaves = log2(inputs + 1.0)
-    tier = crc32((features.tier or "").encode("utf-8", "surrogatepass"))
-    tenant = crc32(features.tenant.encode("utf-8", "surrogatepass"), salt)
+    tier_sum = crc32(tier.encode("utf-8", "surrogatepass"))
+    tenant_sum = crc32(tenant.encode("utf-8", "surrogatepass"), salt)
     shared = [
         crc32(b"i%d" % inputs, salt) & _MASK,
         crc32(b"e%d" % int(8.0 * octaves), salt) & _MASK,
         crc32(b"o%d.%d" % (int(octaves), form), salt) & _MASK,
-        crc32(b"f%d.%d.%d" % (form, features.tool_choice, tier), salt) & _MASK,
+        crc32(b"f%d.%d.%d" % (form, tool_choice, tier_sum), salt) & _MASK,
     ]
-    own = [crc32(b"t", tenant) & _MASK, crc32(b"s%d.%d" % (features.system, form), tenant) & _MASK]
-    if features.system:
-        shared.append(crc32(b"s%d.%d" % (features.system, form), salt) & _MASK)
-    return Marks(own, shared, _words(features.turn, salt) if features.turn else [])
+    own = [crc32(b"t", tenant_sum) & _MASK, crc32(b"s%d.%d" % (system, form), tenant_sum) & _MASK]
+    if system:
+        shared.append(crc32(b"s%d.%d" % (system, form), salt) & _MASK)
+    return salt, own, shared
 
 
 def _words(turn: bytes, salt: int) -> list[int]:
     opening, _, ending = turn[:TURN_BYTES].lower().partition(b"\0")
     found = _WORD.finditer(opening)
-    first = [word[0] for word in islice(found, OPENING_WORDS)]
-    last = [word[0] for word in islice(_WORD.finditer(ending) if ending else found, ENDING_WORDS)]
-    at_first, at_last = crc32(b"w", salt), crc32(b"z", salt)
-    marks = {crc32(word, at_first) & _MASK for word in first}
-    marks.update([crc32(word, at_last) & _MASK for word in last])
-    marks.update([crc32(b"%b %b" % pair, salt) & _MASK for pair in pairwise(first[: PAIRS + 1])])
+    first = list(map(_text, islice(found, OPENING_WORDS)))
+    last = map(_text, islice(_WORD.finditer(ending) if ending else found, ENDING_WORDS))
+    pairs = map(_pair, pairwise(first[: PAIRS + 1]))
+    marks = set(map(_masked, map(crc32, first, repeat(crc32(b"w", salt)))))
+    marks.update(map(_masked, map(crc32, last, repeat(crc32(b"z", salt)))))
+    marks.update(map(_masked, map(crc32, pairs, repeat(salt))))
     marks.add(crc32(b"l%d" % len(turn).bit_length(), salt) & _MASK)
     return list(marks)

@@ -26,7 +26,7 @@ def prior_of(sigma_octaves: float) -> list[float]:
 class Residuals:
     """The distances seen in one bin; newer ones weigh more."""
 
-    __slots__ = ("_cumulative", "_shares", "_unread", "count", "gain", "weights")
+    __slots__ = ("_cumulative", "_quantiles", "_shares", "_unread", "count", "gain", "weights")
 
     def __init__(self, weights: list[float] | None = None, count: int = 0) -> None:
         self.weights = weights if weights is not None else [0.0] * CELLS
@@ -35,6 +35,7 @@ class Residuals:
         self._unread = 1
         self._shares: list[float] = []
         self._cumulative: list[float] = []
+        self._quantiles: dict[float, float] = {}  # those asked for since the table was made
 
     def add(self, octaves: float, weight: float, growth: float) -> None:
         """Take in a distance; ``growth`` is by how much the next weighs more."""
@@ -54,11 +55,18 @@ class Residuals:
             own, lean = scale / self.gain, scale * LEAN
             self._shares = [own * w + lean * u for w, u in zip(self.weights, under, strict=True)]
             self._cumulative = list(accumulate(self._shares, initial=0.0))
+            self._quantiles.clear()
             self._unread = 0
         return self._shares
 
     def quantile(self, share: float) -> float:
         """The distance that ``share`` of the answers stay below. After ``refresh``."""
+        known = self._quantiles.get(share)
+        if known is None:
+            known = self._quantiles[share] = self._find_quantile(share)
+        return known
+
+    def _find_quantile(self, share: float) -> float:
         cumulative = self._cumulative
         wanted = min(max(share, 0.0), 1.0) * cumulative[-1]
         cell = min(max(bisect_left(cumulative, wanted) - 1, 0), CELLS - 1)

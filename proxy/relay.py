@@ -48,7 +48,7 @@ from proxy.sse import EventFilter, Usage, error_status, first_event, usage_of, w
 
 _NO_HEAD = InstanceHead(0, ())
 _NOBODY: frozenset[str] = frozenset()
-_GAPS_AT_ONCE = 512  # arrival times kept before they are counted
+_GAPS_AT_ONCE = 64  # arrival times kept before they are counted
 _ATTEMPTS = 2
 
 
@@ -193,19 +193,18 @@ class Relay(msgspec.Struct, eq=False):
 
     def body(self, payload: bytes, now_s: float) -> None:
         """Bytes of the instance's answer, without their framing."""
-        state = self.state
-        if state is _RELAYING:
-            events = self._events
-            if events is not None:
+        if self.state is _RELAYING:
+            if self._events is not None:
                 arrivals_s = self._arrivals_s
                 arrivals_s.append(now_s)
                 if len(arrivals_s) >= _GAPS_AT_ONCE:
                     self._count_gaps()
-                payload = events.feed(payload)
-            if payload:
-                client = self._client
-                client.write(b"%x\r\n%b\r\n" % (len(payload), payload) if client.chunked else payload)
-        elif state is _HOLDING:
+                payload = self._events.feed(payload)
+                if not payload:
+                    return
+            client = self._client
+            client.write(b"%x\r\n%b\r\n" % (len(payload), payload) if client.chunked else payload)
+        elif self.state is _HOLDING:
             self._held = self._held + payload if self._held else payload
             if self._answer_head.stream:
                 self._inspect(now_s)

@@ -99,6 +99,8 @@ class EventFilter:
 
     def feed(self, data: bytes) -> bytes:
         """What of the stream goes on to the client now."""
+        if data[-2:] == END and not self._held and _USAGE not in data and self._tier is None:  # mostly
+            return data
         if self._held:
             data = self._held + data
             self._held = b""

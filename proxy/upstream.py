@@ -62,6 +62,7 @@ class Connection(asyncio.Protocol):
         "_transport",
         "_until_eof",
         "idle_since_s",
+        "on_body",
         "phase",
     )
 
@@ -70,6 +71,8 @@ class Connection(asyncio.Protocol):
         self._clock = pool.clock
         self._address = address
         self._transport: asyncio.Transport | None = None
+        self._pieces: list[bytes] = []  # of the body, from one segment
+        self.on_body = self._pieces.append  # for the parser: nothing is interpreted for each
         self._parser = httptools.HttpResponseParser(self)
         self._relay: Relay | None = None
         self._message = b""
@@ -86,7 +89,6 @@ class Connection(asyncio.Protocol):
         self._status = 0
         self._headers: list[tuple[bytes, bytes]] = []
         self._keep_alive = False
-        self._pieces: list[bytes] = []
         self._complete = False
         self._surplus = False
         self._until_eof = True
@@ -164,8 +166,9 @@ class Connection(asyncio.Protocol):
                 relay.head(self._read_head())
             pieces = self._pieces
             if pieces:
-                relay.body(pieces[0] if len(pieces) == 1 else b"".join(pieces), self._clock())
+                payload = pieces[0] if len(pieces) == 1 else b"".join(pieces)
                 pieces.clear()
+                relay.body(payload, self._clock())
             if self._complete and self._relay is relay:  # it may have turned away in the middle
                 self._release(relay)
         except Exception:  # a fault of ours: no client shall wait for what never comes
@@ -221,11 +224,6 @@ class Connection(asyncio.Protocol):
         else:
             self._until_eof = not any(name.lower() == b"transfer-encoding" for name, _ in headers)
 
-    def on_body(self, payload: bytes) -> None:
-        """Some of the body."""
-        if not self._complete:
-            self._pieces.append(payload)
-
     def on_message_complete(self) -> None:
         """The answer, or an interim one, is complete."""
         if self._status < _INTERIM:
@@ -266,7 +264,6 @@ class Connection(asyncio.Protocol):
     def _expect_answer(self) -> None:
         self._status = 0
         self._headers = []
-        self._pieces = []
         self._complete = False
         self._surplus = False
         self._until_eof = True

@@ -169,5 +169,5 @@ class TestInstanceHead:
                 (b"X-Hop", b"1"),
                 (b"X-Kept", b"2"),
             ],
-        ).passed_lines
-        assert passed == b"x-kept: 2\r\n"
+        ).lines
+        assert passed == b"HTTP/1.1 200 OK\r\nx-kept: 2\r\n"
