@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client import ProcessCollector
+
 from dynamollm.accounts import AccountedRouter, GatewayAccounts
 from dynamollm.adapters.clock import monotonic_s, unix_offset_s
 from dynamollm.adapters.controller_process import ControllerProcess
@@ -112,6 +114,7 @@ def build(
         LedgerMetrics(ledger),
         FleetMetrics(deployment, router.in_flight),
         ControlMetrics(control, operations),
+        ProcessCollector(registry=None),
     ):
         metrics.registry.register(collector)
     return Application(
