@@ -32,6 +32,7 @@ from energy.adapters.catalogue import write_whole
 
 OUT = Path(__file__).resolve().parent / "results" / "prefix_affinity.json"
 INSTANCES, TP = 3, 2
+TBT_SLO_S = 0.03  # so strict that the load needs all three: where one holds everything, every request finds its prefix
 WORDS = ("return", "self", "value", "import", "class", "list", "string", "result", "index", "error", "line", "name")
 
 
@@ -198,7 +199,7 @@ def main() -> None:
     talk = Talk(conversations=given.conversations)
     rounds = []
     pools = [{"name": "LL", "request_class": "LL", "tp": TP, "instances": INSTANCES}]
-    configuration = emulated_devices(pools, INSTANCES * TP)
+    configuration = emulated_devices(pools, INSTANCES * TP, slo={"tbt_s": TBT_SLO_S})
     with contextlib.ExitStack() as stack:
         engines = stack.enter_context(served(configuration))
         urls = {
