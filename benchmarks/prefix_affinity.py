@@ -19,6 +19,7 @@ import random
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from energy.adapters.catalogue import write_whole
 
 OUT = Path(__file__).resolve().parent / "results" / "prefix_affinity.json"
 INSTANCES, TP = 3, 2
-TBT_SLO_S = 0.03  # so strict that the load needs all three: where one holds everything, every request finds its prefix
+TBT_SLO_S = 0.025  # so strict that the load needs all three: where one holds everything, every request finds its prefix
 WORDS = ("return", "self", "value", "import", "class", "list", "string", "result", "index", "error", "line", "name")
 
 
@@ -57,6 +58,7 @@ class Turn:
     ttft_s: float
     mean_tbt_s: float
     prompt_tokens: int
+    instance: str = ""
 
 
 @dataclass(slots=True)
@@ -74,12 +76,14 @@ class Round:
 
     def summary(self) -> dict[str, Any]:
         """Figures of the round; TTFT of the turns after the first, which no cache can help with but the system's."""
+        given = Counter(turn.instance for turn in self.turns)
         later_s = [turn.ttft_s for turn in self.turns if turn.turn > 0]
         return {
             "affinity": self.affinity,
             "seed": self.seed,
             "turns": len(self.turns),
             "failures": len(self.failures),
+            "by_instance": sorted(given.values(), reverse=True),
             "prompt_tokens": sum(turn.prompt_tokens for turn in self.turns),
             "hit_share": round(self.hits / max(self.queries, 1.0), 4),
             "ttft_mean_s": round(statistics.mean(turn.ttft_s for turn in self.turns), 4),
@@ -142,7 +146,8 @@ class Talker:
                     text += event["choices"][0]["delta"].get("content") or ""
         tokens = usage["completion_tokens"]
         tbt_s = (seen_s[-1] - seen_s[0]) / max(tokens - 1, 1)
-        out.turns.append(Turn(turn, seen_s[0] - sent_s, tbt_s, usage["prompt_tokens"]))
+        instance = answer.headers.get("x-dynamollm-instance", "")
+        out.turns.append(Turn(turn, seen_s[0] - sent_s, tbt_s, usage["prompt_tokens"], instance))
         return text
 
 
