@@ -4,13 +4,31 @@ Joins ``pools`` and ``proxy`` to ``energy``, which knows nothing of either. On a
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 from energy.accounting import User
-from energy.accounting_ledger import EnergyLedger
 from pools.escalation import Escalated
 from pools.request import Assigned, Decision, Rejected, Request
 from proxy.outcome import Outcome
 from proxy.services import Router
+
+
+class Ledger(Protocol):
+    """What books requests: the ``EnergyLedger``, or what feeds one elsewhere."""
+
+    def began(self, request_id: str, user: User, instance_id: str, input_tokens: int, now_s: float) -> None:
+        """A request was sent to an instance."""
+
+    def first_token(self, request_id: str, now_s: float) -> None:
+        """Its first token came."""
+
+    def ended(
+        self, request_id: str, now_s: float, input_tokens: int | None = ..., output_tokens: int | None = ...
+    ) -> object:
+        """It is over, answered or not."""
+
+    def energy_j(self, request_id: str, now_s: float, output_tokens: int | None = ...) -> float | None:
+        """Energy of one in flight, up to now; None where nobody knows."""
 
 
 class AccountedRouter:
@@ -22,7 +40,7 @@ class AccountedRouter:
     def __init__(
         self,
         router: Router,
-        ledger: EnergyLedger,
+        ledger: Ledger,
         first_token: Callable[[str, float], None] = lambda request_id, now_s: None,
     ) -> None:
         self._router = router
@@ -69,7 +87,7 @@ class AccountedRouter:
 class GatewayAccounts:
     """What the gateway calls: ``book`` is one of its observers, ``energy_j`` answers for its response header."""
 
-    def __init__(self, ledger: EnergyLedger) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
     def book(self, outcome: Outcome) -> None:

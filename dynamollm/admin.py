@@ -5,33 +5,38 @@ elsewhere has another clock. ``/admin/gpus/metrics`` is Prometheus' text, for bo
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from enum import Enum
 
 import msgspec
 from fastapi import APIRouter, Response
 
+from dynamollm.commanding import Commanding
 from dynamollm.control_loop import TickRecord
 from dynamollm.operations import OperationRecord
-from dynamollm.wiring import Application
 from energy.dcgm import dcgm_text
 from solver.control import Action, Observation, Reshard, Route
 
 Json = dict[str, object]
 
 
-def admin_routes(application: Application) -> APIRouter:
-    """The routes; ``proxy.app`` puts them under ``/admin``, behind the API keys."""
+def admin_routes(in_command: Callable[[], Commanding]) -> APIRouter:
+    """The routes; ``proxy.app`` puts them under ``/admin``, behind the API keys.
+
+    ``in_command`` tells who commands now; it may raise ``ApiError`` where nobody here does.
+    """
     routes = APIRouter()
 
     @routes.get("/status")
     async def status() -> Json:
         """Pools, instances, their load, SLO slack and power."""
-        return describe_cluster(application)
+        return describe_cluster(in_command())
 
     @routes.get("/decisions")
     async def decisions(last: int = 20) -> Json:
         """The last ticks that decided something, and what became of their actions."""
+        application = in_command()
         now_s = application.clock()
         ticks = list(application.control.decisions)[-last:]
         operations = list(application.operations.records)[-last:]
@@ -43,19 +48,20 @@ def admin_routes(application: Application) -> APIRouter:
     @routes.get("/energy")
     async def energy(since_s: float = 3600.0) -> Response:
         """What requests, idle GPUs and transitions took since then; `dynamollm report` prints it."""
+        application = in_command()
         window = application.ledger.window(since_s, application.clock())
         return Response(msgspec.json.encode(window), media_type="application/json")
 
     @routes.get("/gpus/metrics")
     async def gpus() -> Response:
         """What every GPU read last, under DCGM's names: for boards, and for load generators that measure energy."""
-        metering = application.metering
+        metering = in_command().metering
         return Response(dcgm_text(metering.readings() if metering else ()), media_type="text/plain; version=0.0.4")
 
     return routes
 
 
-def describe_cluster(application: Application) -> Json:
+def describe_cluster(application: Commanding) -> Json:
     """The cluster now; load is the router's own count, slack and power those of the controller's last look."""
     deployment, router, control = application.deployment, application.router, application.control
     seen = _seen(control.observation)

@@ -14,6 +14,8 @@ from dynamollm.errors import UserError
 # name -> one-line help; listed here so that `dynamollm --help` imports no subcommand
 COMMANDS: dict[str, str] = {
     "serve": "Serve the OpenAI-compatible endpoint over a cluster.",
+    "gateway": "Serve as one gateway of several; controllers elsewhere command the cluster.",
+    "controller": "Command the cluster of several gateways, or stand by to do so.",
     "status": "Show pools, instances, clocks, load and power of a running gateway.",
     "explain": "Show what the controller of a running gateway decided, and why.",
     "config": "Show, check or describe the configuration.",

@@ -20,6 +20,7 @@ log = logging.getLogger("dynamollm.control")
 KEPT_DECISIONS = 200
 TICK_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 RESTART_S = 1.0
+HELD_S = 0.1
 FIRST_LOOK_S = 5.0  # an instance period: a look at no time at all shows nothing
 
 
@@ -77,8 +78,13 @@ class ControlLoop:
         apply: Callable[[Iterable[Action]], None],
         clock: Callable[[], float],
         first_look_s: float = FIRST_LOOK_S,
+        in_command: Callable[[], bool] = lambda: True,
     ) -> None:
-        """``first_look_s``: how long to count before the first tick."""
+        """``first_look_s``: how long to count before the first tick.
+
+        ``in_command``: whether this is the one that decides now; while it is not, the plan is held.
+        """
+        self._in_command = in_command
         self.decisions: deque[TickRecord] = deque(maxlen=KEPT_DECISIONS)
         self.ticks = 0
         self.tick_s = Histogram("dynamollm_control_tick_seconds", "Observation to answer", (), TICK_BUCKETS_S)
@@ -106,11 +112,14 @@ class ControlLoop:
         tick = await self._controller.first_tick(self._clock())
         while True:
             await asyncio.sleep(max(tick.at_s - self._clock(), 0.0))
+            while not self._in_command():  # noqa: ASYNC110 - a lease runs out by itself: nobody could set an event
+                await asyncio.sleep(HELD_S)
             now_s = self._clock()
             self.observation = self._observe(now_s)
             effects = await self._controller.on_tick(tick, self.observation)
             self._note(TickRecord(now_s, self._clock() - now_s, effects.actions, effects.diagnostics))
-            self._apply(effects.actions)
+            if self._in_command():
+                self._apply(effects.actions)
             tick = effects.next_tick
 
     def _note(self, record: TickRecord) -> None:

@@ -66,9 +66,12 @@ class Deployment:
     def configured(self) -> list[InstanceSpec]:
         """Reserve GPUs for every instance the settings ask for, largest TP first; the specifications to start.
 
-        Those that run already count, whatever their TP: a controller has had its reasons.
+        Those that run already count, whatever their TP: a controller has had its reasons. Where one plans, what runs
+        is what it wanted, and it says itself what is missing.
         """
         running = Counter(instance.pool for instance in self.instances.values())
+        if running and self.settings.controller.policy != "static":
+            return []
         wanted = [pool for pool in self.settings.pools for _ in range(pool.instances - running[pool.name])]
         specs = [self.specify(pool.name) for pool in sorted(wanted, key=lambda pool: -pool.tp)]
         order = {pool.name: index for index, pool in enumerate(self.settings.pools)}

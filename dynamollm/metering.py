@@ -60,7 +60,10 @@ class Metering:
         ledger: EnergyLedger,
         held: Callable[[], Mapping[Slot, MeteredInstance]],
         clock: Callable[[], float],
+        heard_s: Callable[[float], float] = lambda now_s: now_s,
     ) -> None:
+        """``heard_s``: up to when what requests did is known to the ledger; energy is booked no later than that."""
+        self._heard_s = heard_s
         self._meter = meter
         self._ledger = ledger
         self._held = held
@@ -105,7 +108,7 @@ class Metering:
             drawn_w = interval.energy_j / (interval.end_s - interval.begin_s)
             power_w[interval.instance.id] = power_w.get(interval.instance.id, 0.0) + drawn_w
         self._power_w = power_w
-        for _ in self._ledger.settling(now_s):
+        for _ in self._ledger.settling(self._heard_s(now_s)):
             await asyncio.sleep(0)  # requests first
 
 

@@ -6,41 +6,60 @@ each instance. What nobody measured is nan, as ``solver.control`` says.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from dynamollm.deployment import Deployment
-from pools.classes import REQUEST_CLASSES
-from pools.router import Router
+from pools.classes import REQUEST_CLASSES, RequestClass
+from pools.fleet import InstanceCounts
 from pools.traffic import ClassTraffic
-from proxy.outcome import Outcome
 from solver.control import STATE_CODE, ClusterState, Demand, InstanceViews, Observation
 
 CLASSES = len(REQUEST_CLASSES)
 NONE = ClassTraffic()
 
 
-@dataclass(frozen=True, slots=True)
-class _Live:
-    """What the router counts for one instance."""
+class CountedTraffic(Protocol):
+    """What came and went (``pools.traffic``)."""
 
-    running: float = 0.0
-    pending_tokens: float = 0.0
-    context_tokens: float = 0.0
-    given: tuple[int, ...] = (0,) * CLASSES
+    def snapshot(self) -> Mapping[tuple[str, RequestClass], ClassTraffic]:
+        """Totals since the start, by model and class."""
+
+
+class CountedQueue(Protocol):
+    """What waits (``pools.queue``)."""
+
+    @property
+    def depth(self) -> int:
+        """Requests, in all."""
+
+    def depths(self) -> Mapping[tuple[str, int], int]:
+        """Requests by model and class."""
+
+
+class Counted(Protocol):
+    """What is counted of requests: by the router of this process, or by all gateways together."""
+
+    @property
+    def traffic(self) -> CountedTraffic:
+        """What came and went."""
+
+    @property
+    def queue(self) -> CountedQueue:
+        """What waits."""
+
+    def counts(self) -> Mapping[str, InstanceCounts]:
+        """What is on each instance."""
 
 
 class Observer:
-    """One look after another; ``on_outcome`` belongs among the gateway's observers.
-
-    ``on_first_token`` is told before the router is.
-    """
+    """One look after another."""
 
     def __init__(
         self,
         deployment: Deployment,
-        router: Router,
+        router: Counted,
         now_s: float,
         power_w: Callable[[], Mapping[str, float]] = dict,
         start_s: Callable[[], float] = lambda: math.nan,
@@ -59,19 +78,8 @@ class Observer:
         self._worst: dict[str, float] = {}  # largest share of an SLO used since the last look, by instance
         self._ready_at_s: dict[str, float] = {}
 
-    def on_first_token(self, request_id: str, now_s: float) -> None:
-        """Take in a first token: a late one shows before its request ends."""
-        flight = self._router.fleet.flights.get(request_id)
-        if flight is not None and not flight.started:
-            request = flight.request
-            self._saw(flight.instance_id, (now_s - request.arrival_s) / request.slo.ttft_s)
-
-    def on_outcome(self, outcome: Outcome) -> None:
-        """Take in how a request ended."""
-        if outcome.instance_id is not None and (share := tbt_share(outcome)) is not None:
-            self._saw(outcome.instance_id, share)
-
-    def _saw(self, instance_id: str, share: float) -> None:
+    def on_share(self, instance_id: str, share: float) -> None:
+        """Take in what share of its SLO a request on an instance used (``dynamollm.slo_watch``)."""
         self._worst[instance_id] = max(share, self._worst.get(instance_id, 0.0))
 
     def observe(self, now_s: float) -> Observation:
@@ -109,8 +117,8 @@ class Observer:
         names = tuple(nodes)
         lost = deployment.lost_nodes()
         instances = deployment.in_order()
-        live = self._live()
-        rows = [live.get(i.id, _Live()) for i in instances]
+        live = self._router.counts()
+        rows = [live.get(i.id, InstanceCounts()) for i in instances]
         given = np.array([_since(row.given, self._given.get(i.id)) for row, i in zip(rows, instances, strict=True)])
         self._given = {instance_id: row.given for instance_id, row in live.items()}
         power_w = self._power_w()
@@ -138,26 +146,6 @@ class Observer:
             node_usable=np.array([name not in lost for name in names], dtype=np.bool_),
             instances=views,
         )
-
-    def _live(self) -> dict[str, _Live]:
-        fleet = self._router.fleet
-        return {
-            instance_id: _Live(
-                fleet.load.in_flight[i],
-                fleet.load.pending_tokens[i],
-                fleet.load.context_tokens[i],
-                tuple(fleet.given[i]),
-            )
-            for instance_id, i in fleet.index.items()
-        }
-
-
-def tbt_share(outcome: Outcome) -> float | None:
-    """The share of its TBT SLO that a stream's mean gap used; None where it is not known."""
-    if outcome.first_token_s is None or outcome.cancelled or not outcome.fields.stream:
-        return None
-    gaps = (outcome.completion_tokens or 1) - 1
-    return (outcome.ended_s - outcome.first_token_s) / gaps / outcome.request.slo.tbt_s if gaps > 0 else None
 
 
 def _since(now: Sequence[int], before: Sequence[int] | None) -> list[int]:

@@ -45,6 +45,36 @@ class EngineProbe(Protocol):
         """Scrape once. Raises ``OSError`` where it cannot."""
 
 
+class Scraper:
+    """Asks every engine in turn how loaded it is, and tells the router; ``run`` it as a task."""
+
+    def __init__(
+        self, deployment: Deployment, router: RoutedFleet, probe: EngineProbe, clock: Callable[[], float]
+    ) -> None:
+        self._deployment = deployment
+        self._router = router
+        self._probe = probe
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Spread over the period, so that no two answers are parsed back to back."""
+        while True:
+            ready = [i for i in self._deployment.instances.values() if i.state is InstanceState.READY]
+            for instance in ready:
+                await self._scrape_one(instance)
+                await asyncio.sleep(SCRAPE_PERIOD_S / len(ready))
+            if not ready:
+                await asyncio.sleep(SCRAPE_PERIOD_S)
+
+    async def _scrape_one(self, instance: Instance) -> None:
+        try:
+            load = await self._probe.load(instance.url)
+        except OSError as error:
+            log.debug("instance %s: no load: %s", instance.id, error)
+            return
+        self._router.observe(instance.id, load, self._clock())
+
+
 def restart_delay_s(failures: int) -> float:
     """How long to wait before the next start after this many failures in a row: 1, 2, 4 ... 60 s."""
     return float(min(FIRST_RESTART_S * 2 ** (failures - 1), LAST_RESTART_S))
@@ -58,7 +88,7 @@ class Runner:
         deployment: Deployment,
         driver: InstanceDriver,
         router: RoutedFleet,
-        probe: EngineProbe,
+        probe: EngineProbe | None,
         clock: Callable[[], float],
         startup_s: float = 120.0,
     ) -> None:
@@ -66,7 +96,7 @@ class Runner:
         self._deployment = deployment
         self._driver = driver
         self._router = router
-        self._probe = probe
+        self._scraper = Scraper(deployment, router, probe, clock) if probe else None
         self._clock = clock
         self.startup_s = startup_s
         self.seen_start_s = math.nan  # how long starts have taken of late, measured; nan until one was seen
@@ -74,6 +104,7 @@ class Runner:
         self._specs: dict[str, InstanceSpec] = {}
         self._early: dict[str, InstanceEvent] = {}  # overtook the answer to their start
         self._failures: dict[str, int] = {}  # in a row, by pool
+        self._adopted = asyncio.Event()
         self._settled = asyncio.Event()
         self._tasks: asyncio.TaskGroup
 
@@ -83,7 +114,9 @@ class Runner:
             async with asyncio.TaskGroup() as self._tasks:
                 events = self._driver.events()
                 await self._adopt()
-                self._tasks.create_task(self._scrape())
+                self._adopted.set()
+                if self._scraper is not None:
+                    self._tasks.create_task(self._scraper.run())
                 starting = [self._tasks.create_task(self._start(spec)) for spec in self._deployment.configured()]
                 self._tasks.create_task(self._watch_settling(starting))
                 async for event in events:
@@ -104,6 +137,10 @@ class Runner:
             )
         if self._deployment.instances:
             self.publish()
+
+    async def adopted(self) -> None:
+        """Wait until it is known what ran before."""
+        await self._adopted.wait()
 
     async def settled(self) -> None:
         """Wait until no instance is starting any more: each is READY or has failed at least once."""
@@ -203,21 +240,3 @@ class Runner:
             self._replace_later(spec)
         else:
             await self._start(replacement)
-
-    async def _scrape(self) -> None:
-        """Ask every engine in turn, spread over the period so that no two are parsed back to back."""
-        while True:
-            ready = [i for i in self._deployment.instances.values() if i.state is InstanceState.READY]
-            for instance in ready:
-                await self._scrape_one(instance)
-                await asyncio.sleep(SCRAPE_PERIOD_S / len(ready))
-            if not ready:
-                await asyncio.sleep(SCRAPE_PERIOD_S)
-
-    async def _scrape_one(self, instance: Instance) -> None:
-        try:
-            load = await self._probe.load(instance.url)
-        except OSError as error:
-            log.debug("instance %s: no load: %s", instance.id, error)
-            return
-        self._router.observe(instance.id, load, self._clock())

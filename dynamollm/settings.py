@@ -146,6 +146,7 @@ class ControllerSettings:
     warm_up_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0  # of traffic to see before the first plan
     dwell_s: Seconds = 600.0  # how long a change is expected to last: over this time it must pay for itself
     transition_deadline_s: Seconds = 900.0  # a start or a drain that takes longer is abandoned
+    lease_s: Annotated[float, Field(ge=0.2, le=300)] = 2.0  # a silent leader is followed by another after this
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +199,7 @@ class LimitSettings:
     request_deadline_s: Seconds = 3600.0  # accepted to last byte
     first_byte_deadline_s: Seconds = 300.0  # accepted to first byte, retry included
     header_timeout_s: Seconds = 10.0
+    tenant_requests_per_minute: Annotated[float, Field(gt=0)] | None = None  # over all gateways; None: no limit
 
 
 @dataclass(frozen=True, slots=True)

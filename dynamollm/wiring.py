@@ -5,8 +5,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from prometheus_client import ProcessCollector
+from typing import NamedTuple
 
 from dynamollm.accounts import AccountedRouter, GatewayAccounts
 from dynamollm.adapters.clock import monotonic_s, unix_offset_s
@@ -26,6 +25,7 @@ from dynamollm.persistence import Persistence
 from dynamollm.ray_wiring import build_ray_driver
 from dynamollm.runner import Runner
 from dynamollm.settings import EnergySettings, LimitSettings, Settings, StoreSettings
+from dynamollm.slo_watch import SloWatch
 from dynamollm.store import Store
 from dynamollm.vllm_wiring import build_emulated_device_driver, build_vllm_driver
 from energy.accounting import GPU_HOUR_USD, Prices
@@ -49,9 +49,11 @@ from pools.router import Router, RouterLimits
 from pools.tokens import ExactTokens, InputCounter, TokenEstimator
 from pools.view import PoolView
 from proxy.metrics import GatewayMetrics
-from proxy.services import GatewayServices
+from proxy.outcome import Outcome
+from proxy.services import Directory, GatewayServices
+from proxy.services import Router as RoutingRouter
 from proxy.settings import Deadlines, Limits, ProxySettings
-from solver.control import Controller
+from solver.control import Controller, Demand
 from solver.controllers import ControlSettings, PlanningController
 from solver.diff import DiffSettings
 from solver.planner import ChangeCosts
@@ -101,6 +103,7 @@ def build(
     metering = Metering(meter, ledger, HeldGpus(deployment), clock) if meter else None
     power_w = metering.power_w if metering else dict
     observer = Observer(deployment, router, clock(), power_w, lambda: runner.seen_start_s)
+    watch = SloWatch(router, observer.on_share)
     controller = controller or build_controller(settings)
     estimator = TokenEstimator(settings.slo.cuts)
     predictor = LearnedLengths(length_limits(settings))
@@ -114,23 +117,20 @@ def build(
         LedgerMetrics(ledger),
         FleetMetrics(deployment, router.in_flight),
         ControlMetrics(control, operations),
-        ProcessCollector(registry=None),
     ):
         metrics.registry.register(collector)
     return Application(
         settings=settings,
         deployment=deployment,
         runner=runner,
-        services=GatewayServices(
-            router=AccountedRouter(router, ledger, observer.on_first_token),
-            directory=deployment,
-            tokens=InputCounter(estimator, load_tokenizers(settings)),
-            lengths=lengths,
-            metrics=metrics,
-            clock=clock,
-            settings=proxy_settings(settings),
-            observers=(accounts.book, observer.on_outcome),
-            learners=(lengths.learn, GatewayTokens(estimator).learn),
+        services=build_services(
+            settings,
+            deployment,
+            AccountedRouter(router, ledger, watch.on_first_token),
+            Learners(estimator, lengths),
+            metrics,
+            clock,
+            observers=(accounts.book, watch.on_outcome),
             energy_j=accounts.energy_j if metering else None,
         ),
         probe=probe,
@@ -142,6 +142,38 @@ def build(
         metering=metering,
         persistence=persistence,
         clock=clock,
+    )
+
+
+class Learners(NamedTuple):
+    """What learns from requests that end."""
+
+    tokens: TokenEstimator
+    lengths: GatewayLengths
+
+
+def build_services(
+    settings: Settings,
+    directory: Directory,
+    router: RoutingRouter,
+    learners: Learners,
+    metrics: GatewayMetrics,
+    clock: Callable[[], float],
+    observers: tuple[Callable[[Outcome], None], ...],
+    energy_j: Callable[[Outcome], float | None] | None,
+) -> GatewayServices:
+    """What a gateway is made of."""
+    return GatewayServices(
+        router=router,
+        directory=directory,
+        tokens=InputCounter(learners.tokens, load_tokenizers(settings)),
+        lengths=learners.lengths,
+        metrics=metrics,
+        clock=clock,
+        settings=proxy_settings(settings),
+        observers=observers,
+        learners=(learners.lengths.learn, GatewayTokens(learners.tokens).learn),
+        energy_j=energy_j,
     )
 
 
@@ -192,13 +224,17 @@ class ControllerRecipe:
     profiles: tuple[tuple[str, str], ...]  # model, profile
     pools: tuple[PoolView, ...]
     settings: ControlSettings
+    past: tuple[tuple[float, Demand], ...] = ()  # demand seen before, and when
 
     def __call__(self, epoch: int) -> Controller:
         """A fresh controller; its plans supersede those of lower epochs."""
         tables = {model: load_capacity(profile) for model, profile in self.profiles}
         first = next(iter(tables.values()))
         policy = policies(first.tps[-1], first.sm_clocks_mhz[-1])[self.policy]
-        return PlanningController(policy, tables, self.pools, self.settings, epoch=epoch, stopwatch=monotonic_s)
+        made = PlanningController(policy, tables, self.pools, self.settings, epoch=epoch, stopwatch=monotonic_s)
+        for at_s, demand in self.past:
+            made.recall(at_s, demand)
+        return made
 
 
 def controller_recipe(settings: Settings) -> ControllerRecipe:

@@ -95,6 +95,10 @@ class EnergyLedger:
         serving = Serving(request_id, user, instance_id, now_s, input_tokens, seqs_before=account.count(now_s))
         self._servings[request_id] = account.running[request_id] = serving
 
+    def knows(self, request_id: str) -> bool:
+        """Whether a request began and has not ended."""
+        return request_id in self._servings
+
     def first_token(self, request_id: str, now_s: float) -> None:
         """Its first token came; never told of an answer that is not streamed."""
         serving = self._servings.get(request_id)

@@ -38,6 +38,16 @@ class Flight(msgspec.Struct, eq=False, gc=False):
     started: bool = False  # its first token has come
 
 
+@dataclass(frozen=True, slots=True)
+class InstanceCounts:
+    """What is counted for one instance, for controllers."""
+
+    running: float = 0.0  # requests sent and not ended, of all gateways
+    pending_tokens: float = 0.0
+    context_tokens: float = 0.0
+    given: tuple[int, ...] = (0,) * len(REQUEST_CLASSES)  # ever, by class
+
+
 @dataclass(slots=True, eq=False)
 class OpenPool:
     """The instances of a pool that may be given requests, in the order of their index, cut into windows."""
@@ -231,6 +241,16 @@ class Fleet:
             return 0
         known = self._known[instance_id]
         return round(self.load.in_flight[i] - known.foreign.counted - known.peers.in_flight)
+
+    def counts(self) -> dict[str, InstanceCounts]:
+        """What is counted, by instance."""
+        load = self.load
+        return {
+            instance_id: InstanceCounts(
+                load.in_flight[i], load.pending_tokens[i], load.context_tokens[i], tuple(self.given[i])
+            )
+            for instance_id, i in self.index.items()
+        }
 
     # --- other gateways ----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from pools import scoring
 from pools.classes import REQUEST_CLASSES
 from pools.escalation import Escalated, EscalationLimits, late
-from pools.fleet import Fleet, Flight, OpenPool
+from pools.fleet import Fleet, Flight, InstanceCounts, OpenPool
 from pools.instances import InstanceState
 from pools.outliers import EjectionLimits
 from pools.peers import PeerLoad
@@ -360,6 +360,10 @@ class Router:
         """Take in what an engine says of itself: load from elsewhere, asleep or awake."""
         if self.fleet.observe(instance_id, seen):
             self._plan_paths()
+
+    def counts(self) -> dict[str, InstanceCounts]:
+        """What is counted for each instance."""
+        return self.fleet.counts()
 
     def hear(self, peers: Mapping[str, PeerLoad], now_s: float) -> None:
         """Take in what all other gateways together have on each instance; it stands until they are heard again."""

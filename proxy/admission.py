@@ -80,6 +80,15 @@ class _Text:
         return prompt_of(self._path, self._body)
 
 
+def is_known(keys: tuple[bytes, ...], authorization: bytes | None) -> bool:
+    """Whether an Authorization header bears one of the keys; without keys, everybody is known."""
+    if not keys:
+        return True
+    scheme, _, key = (authorization or b"").partition(b" ")
+    known = [hmac.compare_digest(key.strip(), one) for one in keys]  # all of them: no early exit to time
+    return scheme.lower() == b"bearer" and any(known)
+
+
 class Admission:
     """Admits requests; counts its ids."""
 
@@ -103,11 +112,7 @@ class Admission:
             raise errors.unauthorized()
 
     def _known(self, authorization: bytes | None) -> bool:
-        if not self._keys:
-            return True
-        scheme, _, key = (authorization or b"").partition(b" ")
-        known = [hmac.compare_digest(key.strip(), one) for one in self._keys]  # all of them: no early exit to time
-        return scheme.lower() == b"bearer" and any(known)
+        return is_known(self._keys, authorization)
 
     def read_head(self, headers: Headers) -> ClientHead:
         """The headers of a relayed request, read, and whether its key is one of ours."""

@@ -26,6 +26,7 @@ from solver.control import (
     STATE_CODE,
     Action,
     ClusterState,
+    Demand,
     Diagnostic,
     Effects,
     FloatArray,
@@ -146,6 +147,11 @@ class PlanningController:
         careful = replace(settings, factor_limits=(settings.factor_limits[0], 1.0))
         return ClockChooser(tables, self._pools, careful, self.policy.knobs.sm_clocks_mhz)
 
+    def recall(self, at_s: float, demand: Demand) -> None:
+        """Take in demand of the past, oldest first, that an earlier controller has seen; before the first tick."""
+        self._forecaster.observe(at_s, demand)
+        self._follow_recent(at_s, demand)
+
     def first_tick(self, now_s: float) -> Tick:
         """All levels at once, now."""
         planning = Level.JOINT if self.policy.joint else Level.CLUSTER | Level.POOL
@@ -155,7 +161,7 @@ class PlanningController:
         """Decide what is due; says why."""
         now_s = observation.now_s
         self._forecaster.observe(now_s, observation.demand)
-        self._follow_recent(observation)
+        self._follow_recent(now_s, observation.demand)
         self._follow_starts(observation.start_s)
         notes: list[Diagnostic] = []
         levels = tick.levels
@@ -205,10 +211,9 @@ class PlanningController:
 
     # --- planning ----------------------------------------------------------------------------------------------------
 
-    def _follow_recent(self, observation: Observation) -> None:
-        demand = observation.demand
+    def _follow_recent(self, now_s: float, demand: Demand) -> None:
         if self._began_s is None:
-            self._began_s = observation.now_s
+            self._began_s = now_s
         if self._seen_s > 0.0 or demand.requests.any():
             self._seen_s += demand.window_s
         if demand.window_s > 0.0:

@@ -6,7 +6,9 @@ actions of the lost one are stale.
 
 import asyncio
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,19 +25,37 @@ _controller: list[Controller] = []  # of this process, once it is one
 class ControllerProcess:
     """See ``AsyncController``; ``close`` it. ``make`` must be importable by name (it is pickled)."""
 
-    def __init__(self, make: Callable[[int], Controller]) -> None:
+    def __init__(self, make: Callable[[int], Controller], first_epoch: int = 1) -> None:
         self._make = make
-        self._epoch = 0
+        self._epoch = first_epoch - 1
         self._pool: ProcessPoolExecutor | None = None
+        self._used = False
+
+    def begin(self, make: Callable[[int], Controller], first_epoch: int) -> None:
+        """Make controllers in this way from now on, in epochs from this one on; ``first_tick`` makes the first."""
+        self._make = make
+        self._epoch = first_epoch - 1
+
+    async def warm(self) -> None:
+        """Start the process and have it load what making a controller needs, so that ``first_tick`` need not."""
+        if self._pool is None:
+            self._pool, self._used = self._new_pool(), False
+            await self._call(_begin, self._make, 0)
 
     async def first_tick(self, now_s: float) -> Tick:
         """Start a controller and ask it. Raises ``ControllerLostError``."""
-        await self.close()
+        if self._used:
+            await self.close()
+        if self._pool is None:
+            self._pool = self._new_pool()
+        self._used = True
         self._epoch += 1
-        self._pool = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(self._make, self._epoch)
-        )
+        await self._call(_begin, self._make, self._epoch)
         return await self._call(_first_tick, now_s)
+
+    @staticmethod
+    def _new_pool() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare)
 
     async def on_tick(self, tick: Tick, observation: Observation) -> Effects:
         """Ask it to decide. Raises ``ControllerLostError``."""
@@ -50,13 +70,25 @@ class ControllerProcess:
     async def close(self) -> None:
         """End the process."""
         pool, self._pool = self._pool, None
+        self._used = False
         if pool is not None:
             await asyncio.to_thread(pool.shutdown, wait=True, cancel_futures=True)
 
 
-def _begin(make: Callable[[int], Controller], epoch: int) -> None:
+def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
-    _controller.append(make(epoch))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end this process, and would leave it waiting for ever."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _begin(make: Callable[[int], Controller], epoch: int) -> None:
+    _controller[:] = [make(epoch)]
 
 
 def _first_tick(now_s: float) -> Tick:

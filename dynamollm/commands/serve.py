@@ -58,7 +58,9 @@ def command(config_file: Path | None, engine: str | None, host: str | None, port
         ) from None
     with contextlib.suppress(KeyboardInterrupt), listener:
         url = "http://{}:{}".format(*listener.getsockname()[:2])
-        server = GatewayServer(gateway_config(application.services, place.shutdown_grace_s, admin_routes(application)))
+        server = GatewayServer(
+            gateway_config(application.services, place.shutdown_grace_s, admin_routes(lambda: application))
+        )
         uvloop.run(_serve(application, server, [listener], url))
 
 

@@ -72,7 +72,7 @@ def application():
 @pytest.fixture
 def client(application):
     app = FastAPI()
-    app.include_router(admin_routes(application), prefix="/admin")
+    app.include_router(admin_routes(lambda: application), prefix="/admin")
     return TestClient(app)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from dynamollm.adapters.configuration import load
 from dynamollm.deployment import Deployment
-from dynamollm.observation import CLASSES, Observer, tbt_share
+from dynamollm.observation import CLASSES, Observer
+from dynamollm.slo_watch import SloWatch, tbt_share
 from energy.adapters.catalogue import load_profile
 from pools.classes import RequestClass, Slo
 from pools.instances import Instance, InstanceState
@@ -33,6 +34,7 @@ class World:
             )
         self.router.update(self.deployment.routing_view(0.0), 0.0)
         self.observer = Observer(self.deployment, self.router, 0.0, power_w=lambda: power_w or {})
+        self.watch = SloWatch(self.router, self.observer.on_share)
 
     def send(self, name: str, request_class: RequestClass, now_s: float, input_tokens: int = 10) -> Request:
         request = Request(name, MODEL, now_s, input_tokens, 50.0, request_class, Slo(2.0, 0.1))
@@ -110,8 +112,8 @@ def test_the_cluster_is_described_as_it_is():
 def test_slack_is_the_worst_seen_since_the_last_look():
     world = World()
     a, b = world.send("a", RequestClass.SS, 0.0), world.send("b", RequestClass.SS, 0.0)
-    world.observer.on_outcome(outcome(a, first_s=0.5, ended_s=1.5, tokens=21))  # TBT 1/2 of the SLO
-    world.observer.on_outcome(outcome(b, first_s=1.8, ended_s=2.0, tokens=21))  # TBT 1/10
+    world.watch.on_outcome(outcome(a, first_s=0.5, ended_s=1.5, tokens=21))  # TBT 1/2 of the SLO
+    world.watch.on_outcome(outcome(b, first_s=1.8, ended_s=2.0, tokens=21))  # TBT 1/10
     views = world.observer.observe(5.0).cluster.instances
     assert views.slo_slack[views.ids.index("ss-1")] == pytest.approx(0.5)
     assert np.isnan(world.observer.observe(10.0).cluster.instances.slo_slack).all()
@@ -120,12 +122,12 @@ def test_slack_is_the_worst_seen_since_the_last_look():
 def test_a_late_first_token_shows_before_its_request_ends_and_once():
     world = World()
     world.send("a", RequestClass.SS, 0.0)
-    world.observer.on_first_token("a", 3.0)  # of 2 s promised
+    world.watch.on_first_token("a", 3.0)  # of 2 s promised
     world.router.on_first_token("a", 3.0)
     views = world.observer.observe(5.0).cluster.instances
     assert views.slo_slack[views.ids.index("ss-1")] == pytest.approx(-0.5)
-    world.observer.on_first_token("a", 6.0)
-    world.observer.on_first_token("unknown", 6.0)
+    world.watch.on_first_token("a", 6.0)
+    world.watch.on_first_token("unknown", 6.0)
     assert np.isnan(world.observer.observe(10.0).cluster.instances.slo_slack).all()
 
 

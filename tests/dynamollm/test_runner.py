@@ -53,8 +53,8 @@ class Probe:
 class World:
     """A runner and everything around it."""
 
-    def __init__(self, **driver_options: bool) -> None:
-        settings = load(None, {})
+    def __init__(self, policy: str = "dynamollm", **driver_options: bool) -> None:
+        settings = load(None, {"DYNAMOLLM_CONTROLLER__POLICY": policy})
         profile = load_profile("llama-3.1-70b-fp8-h100")
         self.driver = FakeDriver(node_gpus(settings.nodes), profile.sm_clocks_mhz, **driver_options)
         self.deployment = Deployment(settings, {"llama-3.1-70b": profile}, self.driver.lost_nodes)
@@ -194,11 +194,13 @@ def left_running(instance_id: str, pool: str, first: int, tp: int, node: str = "
     return InstanceSpec(instance_id, pool, InstanceShape("llama-3.1-70b", "H100-SXM", tp), gpus, 1200)
 
 
-def in_world_with(left: list[InstanceSpec], scenario: Callable[[World], Awaitable[None]]) -> World:
+def in_world_with(
+    left: list[InstanceSpec], scenario: Callable[[World], Awaitable[None]], policy: str = "static"
+) -> World:
     """A world whose driver runs these when the runner begins."""
 
     async def main() -> World:
-        world = World()
+        world = World(policy)
         for spec in left:
             await world.driver.start(spec)
         running = asyncio.create_task(world.runner.run())
@@ -222,6 +224,16 @@ def test_what_runs_already_is_taken_over_and_not_started_again():
         assert len(held) == len(set(held))
 
     in_world_with([left_running("ll-1", "LL", 0, 4), left_running("ss-1", "SS", 4, 2)], scenario)
+
+
+def test_where_a_controller_plans_what_runs_is_what_it_wanted():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        await asyncio.sleep(60)
+        assert set(world.router.ready()) == {"ll-1", "ss-1"}
+
+    left = [left_running("ll-1", "LL", 0, 4), left_running("ss-1", "SS", 4, 2)]
+    in_world_with(left, scenario, policy="dynamollm")
 
 
 def test_an_adopted_instance_that_crashes_is_replaced_under_a_name_of_its_own():

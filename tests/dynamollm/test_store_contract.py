@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from redis_server import BINARY, RedisServer, needs_redis
+from server_marks import needs_redis
 
+from benchmarks.adapters.redis_server import BINARY, RedisServer
 from dynamollm.adapters.redis_store import RedisStore
 from dynamollm.adapters.sqlite_store import SqliteStore
 from dynamollm.store import NEVER, Store

@@ -1,4 +1,4 @@
-"""A Redis or Valkey server of the tests' own, on a free port, with nothing on disk; killed and started at will."""
+"""A Redis or Valkey server of one's own, on a free port, with nothing on disk; killed and started at will."""
 
 import shutil
 import signal
@@ -7,15 +7,14 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
-
 BINARY = shutil.which("redis-server") or shutil.which("valkey-server")
-needs_redis = pytest.mark.skipif(
-    BINARY is None, reason="neither redis-server nor valkey-server is installed (Debian: apt install redis-server)"
-)
+MISSING = "neither redis-server nor valkey-server is installed (Debian: apt install redis-server)"
+START_TRIES = 200
 
 
 class RedisServer:
+    """It runs from the start; ``stop`` it."""
+
     def __init__(self, folder: Path, port: int = 0) -> None:
         self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -25,19 +24,20 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it, empty, and wait until it answers."""
-        assert BINARY is not None
+        if BINARY is None:
+            raise FileNotFoundError(MISSING)
         options = {"--bind": "127.0.0.1", "--port": str(self.port), "--dir": str(self._folder), "--save": ""}
         words = [word for option in options.items() for word in option]
         self._process = subprocess.Popen([BINARY, *words], stdout=subprocess.DEVNULL)
-        for _ in range(200):
+        for _ in range(START_TRIES):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
             time.sleep(0.05)
-        raise AssertionError(f"{BINARY} does not listen on {self.port}")
+        raise TimeoutError(f"{BINARY} does not listen on {self.port}")
 
     def kill(self) -> None:
-        """kill -9: everything it knew is lost."""
+        """End it as kill -9 does: everything it knew is lost."""
         self._signal(signal.SIGKILL)
 
     def stop(self) -> None:
@@ -52,6 +52,7 @@ class RedisServer:
 
 
 def free_port() -> int:
+    """One that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
