@@ -1,22 +1,25 @@
 """What prefix affinity gains: conversations of several turns on real vLLM with emulated devices, with it and without.
 
-``python -m benchmarks.prefix_affinity [--rounds 2] [--out benchmarks/results/prefix_affinity.json]``
+``python -m benchmarks.prefix_affinity [--rounds 3] [--out benchmarks/results/prefix_affinity.json]``
 
 Three servers (Llama 3.1 70B FP8 at TP2 on H100, emulated; KV blocks, prefix cache and its counters are vLLM's own) in
-one pool behind ``dynamollm serve``. Each conversation has a system prompt it shares with some others and grows by a
-question and an answer each turn; its next turn comes a pause after the last answer. The engines' caches are emptied
-before each round, and rounds use other words. Hits are vLLM's ``prefix_cache_hits`` over ``prefix_cache_queries``;
-energy is what the emulated GPUs' counters rose by, idle included.
+one pool, and two gateways attached to them, with affinity and without, which take turns: what else the machine does
+falls on both. Each conversation has a system prompt it shares with some others and grows by a question and an answer
+each turn; its next turn comes a pause after the last answer. The engines' caches are emptied before each round; both
+gateways are given the same words. Hits are vLLM's ``prefix_cache_hits`` over ``prefix_cache_queries``; energy is what
+the emulated GPUs' counters rose by, idle included. A first round of each is not counted.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,11 +28,12 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.adapters.vllm_gateway import MODEL, VllmGateway, counter_of, emulated_devices, served
+from benchmarks.adapters.vllm_gateway import MODEL, VllmGateway, attached, counter_of, emulated_devices, served
 from energy.adapters.catalogue import write_whole
 
 OUT = Path(__file__).resolve().parent / "results" / "prefix_affinity.json"
 INSTANCES, TP = 3, 2
+TBT_SLO_S = 0.025  # so strict that the load needs all three: where one holds everything, every request finds its prefix
 WORDS = ("return", "self", "value", "import", "class", "list", "string", "result", "index", "error", "line", "name")
 
 
@@ -37,7 +41,7 @@ WORDS = ("return", "self", "value", "import", "class", "list", "string", "result
 class Talk:
     """The load. Lengths in words, about a token each."""
 
-    conversations: int = 24
+    conversations: int = 36
     systems: int = 6  # system prompts, shared alike
     turns: int = 6
     system_words: int = 600
@@ -54,6 +58,7 @@ class Turn:
     ttft_s: float
     mean_tbt_s: float
     prompt_tokens: int
+    instance: str = ""
 
 
 @dataclass(slots=True)
@@ -71,12 +76,14 @@ class Round:
 
     def summary(self) -> dict[str, Any]:
         """Figures of the round; TTFT of the turns after the first, which no cache can help with but the system's."""
+        given = Counter(turn.instance for turn in self.turns)
         later_s = [turn.ttft_s for turn in self.turns if turn.turn > 0]
         return {
             "affinity": self.affinity,
             "seed": self.seed,
             "turns": len(self.turns),
             "failures": len(self.failures),
+            "by_instance": sorted(given.values(), reverse=True),
             "prompt_tokens": sum(turn.prompt_tokens for turn in self.turns),
             "hit_share": round(self.hits / max(self.queries, 1.0), 4),
             "ttft_mean_s": round(statistics.mean(turn.ttft_s for turn in self.turns), 4),
@@ -121,6 +128,7 @@ class Talker:
             "model": MODEL,
             "max_tokens": self._talk.output_tokens,
             "ignore_eos": True,
+            "temperature": 0.0,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -138,7 +146,8 @@ class Talker:
                     text += event["choices"][0]["delta"].get("content") or ""
         tokens = usage["completion_tokens"]
         tbt_s = (seen_s[-1] - seen_s[0]) / max(tokens - 1, 1)
-        out.turns.append(Turn(turn, seen_s[0] - sent_s, tbt_s, usage["prompt_tokens"]))
+        instance = answer.headers.get("x-dynamollm-instance", "")
+        out.turns.append(Turn(turn, seen_s[0] - sent_s, tbt_s, usage["prompt_tokens"], instance))
         return text
 
 
@@ -155,15 +164,15 @@ async def play(url: str, talk: Talk, seed: int, out: Round) -> None:
         await asyncio.gather(*(talker.run(out) for talker in talkers))
 
 
-def measure(gateway: VllmGateway, talk: Talk, affinity: bool, seed: int) -> Round:
-    """One round from empty caches."""
+def measure(gateway: VllmGateway, url: str, talk: Talk, affinity: bool, seed: int) -> Round:
+    """One round from empty caches, through the gateway at ``url``; ``gateway`` runs the engines and meters them."""
     urls = [instance["url"] for instance in gateway.status()["instances"]]
     for url in urls:
         httpx.post(f"{url}/reset_prefix_cache", timeout=30).raise_for_status()
     before = [sum(counter_of(url, f"prefix_cache_{name}_total") for url in urls) for name in ("hits", "queries")]
     before_j, began_s = gateway.status()["metered_j"], time.monotonic()
     out = Round(affinity, seed, 0.0, 0.0, 0.0, 0.0)
-    asyncio.run(play(gateway.url, talk, seed, out))
+    asyncio.run(play(url, talk, seed, out))
     out.wall_s = time.monotonic() - began_s
     time.sleep(1.5)  # the meter is read once a second
     out.energy_j = gateway.status()["metered_j"] - before_j
@@ -188,19 +197,29 @@ def gain(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     """Measure with and without, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--conversations", type=int, default=Talk().conversations)
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     talk = Talk(conversations=given.conversations)
     rounds = []
-    for affinity in (False, True):
-        pools = [{"name": "LL", "request_class": "LL", "tp": TP, "instances": INSTANCES}]
-        configuration = emulated_devices(pools, INSTANCES * TP, routing={"prefix_affinity": affinity})
-        with served(configuration) as gateway:
-            for seed in range(given.rounds):
-                rounds.append(measure(gateway, talk, affinity, seed).summary())
-                print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+    pools = [{"name": "LL", "request_class": "LL", "tp": TP, "instances": INSTANCES}]
+    configuration = emulated_devices(pools, INSTANCES * TP, slo={"tbt_s": TBT_SLO_S})
+    with contextlib.ExitStack() as stack:
+        engines = stack.enter_context(served(configuration))
+        urls = {
+            affinity: stack.enter_context(
+                served(attached(configuration, engines, routing={"prefix_affinity": affinity}))
+            ).url
+            for affinity in (False, True)
+        }
+        for seed in range(given.rounds + 1):
+            order = (False, True) if seed % 2 else (True, False)
+            for affinity in order:
+                summary = measure(engines, urls[affinity], talk, affinity, seed).summary()
+                print(json.dumps(summary), file=sys.stderr, flush=True)
+                if seed:
+                    rounds.append(summary)
     result = {
         "command": " ".join(["python -m benchmarks.prefix_affinity", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",

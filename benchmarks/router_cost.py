@@ -22,6 +22,7 @@ from energy.adapters.catalogue import load_profile
 from energy.profile import EnergyProfile, StepCoefficients, step_time_s
 from pools.classes import REQUEST_CLASSES, ClassSlos, RequestClass
 from pools.instances import Instance, InstanceShape, InstanceState
+from pools.prefixes import BLOCK_BYTES, BYTES_PER_TOKEN, LONGEST_BLOCKS, Prefix, prefix_of
 from pools.request import Assigned, Request
 from pools.router import Router
 from pools.view import ClusterView, EngineLimits, InstanceView, PoolView
@@ -57,6 +58,7 @@ class Scenario:
     pools: int  # 9, one a class; or 1, kept for LL
     rate_rps_per_instance: float
     name: str
+    prefixes: bool = False  # requests are turns of conversations, a fifth as many as there are requests
 
 
 SCENARIOS = (
@@ -65,7 +67,10 @@ SCENARIOS = (
     Scenario(1024, 9, 1.5, "steady"),
     Scenario(1024, 9, 12.0, "saturated"),
     Scenario(1024, 1, 1.5, "steady, one pool"),
+    Scenario(32, 9, 1.5, "steady, prefixes", prefixes=True),
+    Scenario(1024, 9, 1.5, "steady, prefixes", prefixes=True),
 )
+PROMPT_BYTES = (4096, 32_768)  # of which the prefix is worked out, before a request is routed
 
 
 def fleet_view(profile: EnergyProfile, instances: int, pools: int) -> ClusterView:
@@ -105,8 +110,38 @@ def requests_of(scenario: Scenario, count: int, seed: int) -> list[Request]:
         input_tokens = int(random.integers(*INPUT_TOKENS[request_class.input_size]))
         output_tokens = float(random.integers(*OUTPUT_TOKENS[request_class.output_size]))
         slo = slos.slo(request_class, input_tokens)
-        made.append(Request(str(n), MODEL, float(arrivals_s[n]), input_tokens, output_tokens, request_class, slo))
+        prefix = turn_of(n, count, input_tokens) if scenario.prefixes else None
+        made.append(
+            Request(str(n), MODEL, float(arrivals_s[n]), input_tokens, output_tokens, request_class, slo, prefix=prefix)
+        )
     return made
+
+
+def turn_of(number: int, count: int, input_tokens: int) -> Prefix | None:
+    """The prefix of one turn: as many blocks as its length has, of the conversation whose turn it is."""
+    blocks = min(input_tokens * BYTES_PER_TOKEN // BLOCK_BYTES, LONGEST_BLOCKS)
+    if not blocks:
+        return None
+    conversation = number % max(count // 5, 1)
+    first = conversation * LONGEST_BLOCKS
+    return Prefix(tuple(range(first, first + blocks)), BLOCK_BYTES / (input_tokens * BYTES_PER_TOKEN))
+
+
+def measure_prefixes(repeats: int) -> list[Cost]:
+    """What working out a prefix costs, by the size of the prompt."""
+    costs = []
+    for size in PROMPT_BYTES:
+        body = b'{"messages": [{"role": "user", "content": "%b"}]}' % (b"why? " * (size // 5))
+        times = []
+        for _ in range(1000 * repeats):
+            start = perf_counter_ns()
+            prefix_of(MODEL, body, b'"messages"')
+            times.append((perf_counter_ns() - start) / 1e3)
+        quickest = np.array(times).reshape(repeats, 1000).min(axis=0)
+        p50, p99 = np.percentile(quickest, (50, 99))
+        raw_p99 = float(np.percentile(times, 99))
+        costs.append(Cost("prefix", 0, f"prompt of {size // 1024} KiB", 1000, float(p50), float(p99), raw_p99))
+    return costs
 
 
 def measure(profile: EnergyProfile, scenario: Scenario, count: int, seed: int, repeats: int) -> list[Cost]:
@@ -174,6 +209,7 @@ def main(requests: int, repeats: int, profile_name: str, seed: int, as_json: boo
     """Measure what a routing decision costs."""
     profile = load_profile(profile_name)
     costs = [cost for scenario in SCENARIOS for cost in measure(profile, scenario, requests, seed, repeats)]
+    costs += measure_prefixes(repeats)
     if as_json:
         click.echo(json.dumps([asdict(c) for c in costs], indent=2))
         return

@@ -51,9 +51,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MAKE_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "vllm-cpu" / "make_model.py"
 BUSY = 0.5  # share of the time that steps take, by the prediction: what the replayed rates are chosen for
 STEP_TOKENS = 8192  # of a step at most: what a fit takes engines to be started with
-LONGEST_TOKENS = 3500  # of a request: the model's context is 4096
+AZURE_SHARE = 0.25  # of the trace's token counts: its longest request then fits the model's context of 4096
 # sweep of each server: lengths and clients
-CPU_SWEEP = (((64, 32), (256, 64), (1024, 64), (512, 192)), (1, 2, 4, 8))
+CPU_SWEEP = (((64, 32), (256, 48), (768, 64), (256, 128)), (1, 2, 4, 8))
 DEVICE_SWEEP = (((128, 64), (512, 64), (2048, 64), (512, 256)), (1, 2, 4, 8, 16))
 ON_CPU = (
     "--dtype",
@@ -140,12 +140,15 @@ def new_engine(step: StepCoefficients, kv_tokens: int, step_tokens: int = STEP_T
 
 
 def workloads(duration_s: float, step: StepCoefficients, kv_tokens: int) -> dict[str, Arrivals]:
-    """A Poisson load and a slice of the Azure trace, each at the rate that keeps the predicted engine half busy."""
+    """A Poisson load and a slice of the Azure trace, each at the rate that keeps the predicted engine half busy.
+
+    The slice has a quarter of the trace's token counts.
+    """
     rng = np.random.default_rng(1)
     count = 20_000
     gaps_s = rng.exponential(1.0, count)
-    inputs, outputs = rng.integers(64, 1024, count), rng.integers(16, 192, count)
-    azure = window(open_workload("azure-conv"), 600.0, 1800.0)
+    inputs, outputs = rng.integers(32, 512, count), rng.integers(8, 96, count)
+    azure = window(open_workload("azure-conv"), 600.0, duration_s)
 
     def poisson(rate_rps: float) -> Arrivals:
         times_s = np.cumsum(gaps_s) / rate_rps
@@ -153,14 +156,14 @@ def workloads(duration_s: float, step: StepCoefficients, kv_tokens: int) -> dict
         return Arrivals.of(times_s[kept].tolist(), inputs[kept].tolist(), outputs[kept].tolist())
 
     def slice_of_azure(rate_rps: float) -> Arrivals:
-        thinned = scaled(azure, min(rate_rps / azure.mean_rate_rps, 1.0), 1).collect()
-        fits = (thinned.input_tokens + thinned.output_tokens <= LONGEST_TOKENS) & (thinned.output_tokens > 1)
-        return thinned.at(fits & (thinned.arrival_s < duration_s))
+        thinned = scaled(azure, rate_rps / azure.mean_rate_rps, 1).collect()
+        lengths = [np.maximum(AZURE_SHARE * column, 2.0) for column in (thinned.input_tokens, thinned.output_tokens)]
+        return Arrivals.of(thinned.arrival_s.tolist(), *(column.astype(int).tolist() for column in lengths))
 
     chosen = {}
     for name, made in (("poisson", poisson), ("azure-conv", slice_of_azure)):
-        low, high = 0.01, 50.0
-        for _ in range(12):
+        low, high = 0.1, 20.0
+        for _ in range(8):
             middle = (low * high) ** 0.5
             arrivals = made(middle)
             busy = predict(new_engine(step, kv_tokens), arrivals).busy_share if len(arrivals) else 0.0

@@ -6,7 +6,7 @@ nothing here is on a request's path. Label sets: pools x TP x clocks x states of
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from dynamollm.operations import Outcome
 from pools.instances import Instance
 from proxy.metrics import Histogram
+from solver.control import Action
 
 _MHZ = 1e6
 _SHAPE = ("gen_ai_request_model", "pool", "tp", "sm_clock_mhz", "state")
@@ -28,6 +29,8 @@ PLAN_GAUGES: Mapping[str, tuple[str, str]] = {
     "observed_rps": ("dynamollm_plan_observed_requests_per_second", "Rate seen when the last plan was made"),
 }
 """What a controller says of a plan (``Diagnostic.numbers``) -> metric name and text."""
+
+TOPICS = ("plan", "cluster", "clock", "escalation")  # of a controller's diagnostics
 
 
 class Fleet(Protocol):
@@ -127,7 +130,7 @@ class ControlMetrics(Collector):
         yield CounterMetricFamily("dynamollm_control_ticks", "Calls of the controller", value=control.ticks)
         yield control.tick_s.collect()
         decisions = CounterMetricFamily("dynamollm_decisions", "What the controller explained", labels=("topic",))
-        for topic, count in control.topics.items():
+        for topic, count in (dict.fromkeys(TOPICS, 0) | dict(control.topics)).items():
             decisions.add_metric((topic,), count)
         yield decisions
         for key, (name, text) in PLAN_GAUGES.items():
@@ -137,7 +140,9 @@ class ControlMetrics(Collector):
         yield GaugeMetricFamily("dynamollm_plan_epoch", "Epoch of the plan in force", value=epoch)
         yield GaugeMetricFamily("dynamollm_plan_version", "Version of the plan in force", value=version)
         ended = CounterMetricFamily("dynamollm_operations", "Actions that have ended", labels=("action", "outcome"))
-        for (action, outcome), count in operations.counts.items():
+        # those that have not happened are 0: a rate sees the first one only if there was a sample before it
+        never = {(action.__name__, outcome): 0 for action in get_args(Action) for outcome in Outcome}
+        for (action, outcome), count in (never | dict(operations.counts)).items():
             ended.add_metric((action, outcome.value), count)
         yield ended
         yield GaugeMetricFamily("dynamollm_operations_under_way", "Actions under way", value=operations.busy)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from prometheus_client import ProcessCollector
+
 from dynamollm.accounts import AccountedRouter, GatewayAccounts
 from dynamollm.adapters.clock import monotonic_s, unix_offset_s
 from dynamollm.adapters.controller_process import ControllerProcess
@@ -117,6 +119,7 @@ def build(
         LedgerMetrics(ledger),
         FleetMetrics(deployment, router.in_flight),
         ControlMetrics(control, operations),
+        ProcessCollector(registry=None),
     ):
         metrics.registry.register(collector)
     return Application(

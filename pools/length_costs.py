@@ -1,6 +1,8 @@
 """LengthCosts: what it costs, in joules a request, to take an answer for shorter or longer than it turns out to be.
 
-Both errors are priced from the capacity table of the model, per input size:
+Both errors are priced from the capacity table of the model, per input size. What counts is which class asks for more,
+and that is not always the longer answer: behind a long prompt a short one has few tokens to make up for the prefills
+of others in, so an instance carries fewer of them within the SLO.
 
 - an over-estimate keeps more capacity READY than is used: the difference of both classes' least energy a request;
 - an under-estimate is repaired at the highest clock (escalation), which costs more than the planned point; and the
@@ -42,7 +44,10 @@ class LengthCosts:
             classes = [RequestClass.of_sizes(i, o) for o in range(SIZES)]
             plan = _filled([least[k] for k in classes])
             rush = [max(a, b) for a, b in zip(_filled([top[k] for k in classes]), plan, strict=True)]
-            rows = [[plan[c] - plan[t] if c >= t else rush[t] - plan[c] for t in range(SIZES)] for c in range(SIZES)]
+            rows = [
+                [plan[c] - plan[t] if plan[c] >= plan[t] else rush[t] - plan[c] for t in range(SIZES)]
+                for c in range(SIZES)
+            ]
             every.append(tuple((row[0], row[1], row[2]) for row in rows))
         return LengthCosts(tuple(every))
 
@@ -57,9 +62,10 @@ def _joules(table: CapacityTable, clocks: slice) -> list[float]:
 
 
 def _filled(joules: list[float]) -> list[float]:
-    """Without gaps, and never falling: a longer answer is not cheaper."""
-    known, out = 0.0, []
+    """Without gaps: what nobody serves costs what the next shorter does, else the next longer; nothing if none."""
+    served = [value for value in joules if np.isfinite(value)]
+    known, out = served[0] if served else 0.0, []
     for value in joules:
-        known = max(known, value) if np.isfinite(value) else known
+        known = value if np.isfinite(value) else known
         out.append(known)
     return out

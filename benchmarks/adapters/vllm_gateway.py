@@ -52,6 +52,17 @@ def emulated_devices(pools: Sequence[Mapping[str, Any]], gpus: int, **more: Any)
     }
 
 
+def attached(configuration: Mapping[str, Any], gateway: "VllmGateway", **more: Any) -> dict[str, Any]:
+    """A configuration that routes to the engines of a gateway that is up; ``more`` replaces top-level keys.
+
+    Two of these beside each other compare ways of routing on the same engines, whatever else the machine does.
+    """
+    urls: dict[str, list[str]] = {}
+    for instance in gateway.status()["instances"]:
+        urls.setdefault(instance["pool"], []).append(instance["url"])
+    return {**configuration, "driver": {"kind": "attach", "urls": urls}, **more}
+
+
 @dataclass
 class VllmGateway:
     """A gateway that is up; ``engines`` are the URLs of all that were ever ready, by instance."""

@@ -1,7 +1,8 @@
 """The node agent over HTTP: an ASGI application, its clock, and its metrics.
 
 Serves one ``NodeAgent`` on the paths of ``energy/agent_wire.py``. GPU calls take micro- to milliseconds and run in the
-event loop, one after the other. With a token, everything but ``/health`` asks for ``Authorization: Bearer``.
+event loop, one after the other. With a token, everything but ``/health`` and ``/metrics`` asks for ``Authorization:
+Bearer``.
 """
 
 import asyncio
@@ -143,7 +144,7 @@ class AgentApp:
         method, path = scope["method"], scope["path"]
         if path == wire.HEALTH:
             return _empty()
-        if not self._may(dict(scope["headers"])):
+        if path != wire.METRICS and not self._may(dict(scope["headers"])):
             return _json({"error": "Authorization: Bearer with the agent's token is needed"}, HTTPStatus.UNAUTHORIZED)
         route = self._routes.get((method, path))
         if route is None:

@@ -83,12 +83,13 @@ def test_a_conversation_ends_with_its_failure_which_is_told():
 
 
 def test_a_round_is_summed_up():
-    out = Round(True, 0, 12.0, 30.0, 90.0, 600.0, [], [Turn(0, 0.4, 0.02, 10), Turn(1, 0.1, 0.02, 20)])
+    out = Round(True, 0, 12.0, 30.0, 90.0, 600.0, [], [])
+    out.turns += [Turn(0, 0.4, 0.02, 10, "a"), Turn(1, 0.1, 0.02, 20, "b"), Turn(2, 0.1, 0.02, 0, "b")]
     told = out.summary()
-    assert (told["hit_share"], told["turns"], told["prompt_tokens"]) == (0.3333, 2, 30)
+    assert (told["hit_share"], told["turns"], told["prompt_tokens"], told["by_instance"]) == (0.3333, 3, 30, [2, 1])
     assert told["later_ttft_p50_s"] == 0.1
-    assert told["ttft_mean_s"] == 0.25
-    assert told["energy_j_per_turn"] == 300.0
+    assert told["ttft_mean_s"] == 0.2
+    assert told["energy_j_per_turn"] == 200.0
 
 
 def test_the_gain_is_a_share_of_what_was_without():

@@ -141,7 +141,7 @@ def controlled(answers: list[tuple[tuple, tuple]], seconds: float) -> dict[tuple
         deployment = Deployment(load(None, {}), {MODEL: load_profile("llama-3.1-70b-fp8-h100")})
         driver = FakeDriver(deployment.placement.nodes, (1980,))
         operations = Operations(deployment, driver, None, clock)
-        control = ControlLoop(Scripted(answers), nothing_seen, operations.apply, clock)
+        control = ControlLoop(Scripted(answers), nothing_seen, operations.apply, clock, first_look_s=0.0)
         task = asyncio.create_task(control.run())
         await asyncio.sleep(seconds)
         samples = scraped(ControlMetrics(control, operations))
@@ -170,6 +170,7 @@ def test_decisions_are_counted_by_what_they_are_about():
     samples = controlled([((), notes), ((), (plan_note(),))], seconds=15.0)
     assert sample(samples, "dynamollm_decisions_total", topic="plan") == 2
     assert sample(samples, "dynamollm_decisions_total", topic="clock") == 1
+    assert sample(samples, "dynamollm_decisions_total", topic="escalation") == 0
 
 
 def test_the_last_plan_is_told_and_what_a_later_note_leaves_out_stays():
@@ -191,6 +192,7 @@ def test_operations_are_counted_by_kind_and_outcome_and_the_plan_in_force_is_tol
     samples = controlled([((gone, late), ())], seconds=5.0)
     assert sample(samples, "dynamollm_operations_total", action="ScaleIn", outcome=Outcome.DONE.value) == 1
     assert sample(samples, "dynamollm_operations_total", action="SetFrequency", outcome=Outcome.STALE.value) == 1
+    assert sample(samples, "dynamollm_operations_total", action="Reshard", outcome=Outcome.ABANDONED.value) == 0
     assert sample(samples, "dynamollm_plan_epoch") == 2
     assert sample(samples, "dynamollm_plan_version") == 7
     assert sample(samples, "dynamollm_operations_under_way") == 0

@@ -22,7 +22,7 @@ from energy.profile import EnergyProfile, ProfileError
 from pools.instances import InstanceState
 from simulator.emulator.adapters.api import VllmApi
 from simulator.emulator.adapters.http import TEXT, Exchange
-from simulator.emulator.adapters.instance import EmulatedInstance, Faults, InstanceOptions
+from simulator.emulator.adapters.instance import LOOPBACK, EmulatedInstance, Faults, InstanceOptions
 from simulator.emulator.adapters.tasks import Spawned
 from simulator.emulator.adapters.tokenizer import FileTokenizer
 from simulator.emulator.gpus import EmulatedNode, GpuHeldError, NoSuchGpuError
@@ -72,7 +72,9 @@ class RefusedError(Exception):
 class Control:
     """All instances of one process."""
 
-    def __init__(self, nodes: Mapping[str, EmulatedNode], agent_urls: Mapping[str, str]) -> None:
+    def __init__(self, nodes: Mapping[str, EmulatedNode], agent_urls: Mapping[str, str], host: str = LOOPBACK) -> None:
+        """``host``: where instances listen that are not told where."""
+        self._host = host
         self._nodes = nodes
         self._agent_urls = agent_urls
         self._instances: dict[str, EmulatedInstance] = {}
@@ -90,6 +92,8 @@ class Control:
     def create(self, request: InstanceRequest) -> EmulatedInstance:
         """Start one instance. Raises ``RefusedError``."""
         options = request.options
+        if not options.host:
+            options = msgspec.structs.replace(options, host=self._host)
         if options.id in self._instances:
             raise RefusedError(HTTPStatus.CONFLICT, "taken", f"instance {options.id} runs already")
         node = self._nodes.get(options.node)

@@ -28,6 +28,7 @@ from simulator.engine import Engine, EngineLimits, RequestTooLongError, Step
 DEFAULT_LIMITS = EngineLimits(kv_blocks=0)  # as in virtual time: one engine model, one set of defaults
 BLOCK_TOKENS = DEFAULT_LIMITS.block_tokens
 PORT_CLOSES_AFTER_S = 0.5  # a dead engine's server answers this long before its port closes
+LOOPBACK = "127.0.0.1"
 PauseMode = Literal["abort", "wait", "keep"]
 
 
@@ -41,7 +42,7 @@ class InstanceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpus: tuple[int, ...]
     pool: str = ""  # whose it is; told to whoever takes it over
     sm_clock_mhz: int | None = None  # None: leave the clocks as they are
-    host: str = "127.0.0.1"
+    host: str = ""  # "": that of the process' control endpoint
     port: int = 0
     startup_s: float = 0.0  # loading weights; the port refuses connections meanwhile
     wake_s: float = 1.0  # weights back from host memory
@@ -98,7 +99,8 @@ class EmulatedInstance:
         self.rules = BodyRules(options.model, max_model_len, tokenizer, options.lengths, by_priority, options.seed)
         self.metrics = EngineMetrics(options.model, kv_blocks, BLOCK_TOKENS)
         self._server = HttpServer(lambda exchange: handler(self, exchange))
-        self.port = self._server.bind(options.host, options.port)
+        self._host = options.host or LOOPBACK
+        self.port = self._server.bind(self._host, options.port)
         self._meter = PowerMeter(self._loop.time(), 0.0)
         try:
             self.gpus: list[EmulatedGpu] = node.take(options.gpus, self, self._meter, self._loop.time())
@@ -134,7 +136,7 @@ class EmulatedInstance:
     @property
     def url(self) -> str:
         """Where it listens."""
-        host = f"[{self.options.host}]" if ":" in self.options.host else self.options.host
+        host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self.port}"
 
     @property

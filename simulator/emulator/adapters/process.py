@@ -56,7 +56,7 @@ class EmulatorProcess:
         for node in options.nodes:
             agent = NodeAgent(self._nodes[node.name])
             self.agent_urls[node.name] = self._bind(HttpServer(agent.handle), node.agent_port)
-        self.control = Control(self._nodes, self.agent_urls)
+        self.control = Control(self._nodes, self.agent_urls, options.host)
         # the stream of events is idle for long; nobody else keeps a connection open
         self.control_url = self._bind(HttpServer(self.control.handle), options.control_port)
 

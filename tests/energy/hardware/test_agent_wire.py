@@ -37,10 +37,16 @@ def test_over_tcp_it_asks_for_its_token(tcp):
     _, address = tcp
     for token in (None, "wrong", "s3crets"):
         with AgentClient(address, "test", token) as client, pytest.raises(GpuAgentError, match="token is wrong"):
-            client.readings()
-    assert httpx.get(f"{address}/health").status_code == 200
+            client.lock((0,), SLOW)
+    assert httpx.post(f"{address}/gpu/reset_gpu_locked_clocks", params={"gpu_ids": "0"}).status_code == 401
     with AgentClient(address, "test", "s3cret") as client:
         assert [reading.node for reading in client.readings()] == ["node-7"] * 4
+
+
+def test_health_and_metrics_are_open_to_whoever_scrapes(tcp):
+    _, address = tcp
+    assert httpx.get(f"{address}/health").status_code == 200
+    assert "DCGM_FI_DEV_POWER_USAGE" in httpx.get(f"{address}/metrics").text
 
 
 def test_errors_come_back_by_name(tcp):

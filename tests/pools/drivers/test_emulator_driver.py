@@ -286,6 +286,25 @@ def test_the_agents_of_attached_emulators_are_known(emulators):
     play(scenario, emulators=emulators)
 
 
+def test_instances_listen_where_their_emulator_does():
+    command = [sys.executable, "-m", "simulator.emulator", "--watch-stdin", "--host=127.0.0.9"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    url = json.loads(process.stdout.readline())["control_url"]
+
+    async def scenario():
+        driver = EmulatorDriver(
+            [EmulatedMachine("node-0")], {"tiny": EmulatedModel(PROFILE)}, startup_s=0.0, emulators={"node-0": url}
+        )
+        instance = await driver.start(spec())
+        assert instance.url.startswith("http://127.0.0.9:")
+        await driver.close()
+
+    asyncio.run(scenario())
+    process.stdin.close()
+    process.wait(WITHIN_S)
+    process.stdout.close()
+
+
 def test_an_emulator_that_is_not_there_or_lacks_a_node_is_named(emulators):
     async def not_there(driver):
         with pytest.raises(DriverError, match=r"http://127.0.0.1:9 does not answer"):
