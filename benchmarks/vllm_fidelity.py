@@ -53,8 +53,8 @@ BUSY = 0.5  # share of the time that steps take, by the prediction: what the rep
 STEP_TOKENS = 8192  # of a step at most: what a fit takes engines to be started with
 AZURE_SHARE = 0.25  # of the trace's token counts: its longest request then fits the model's context of 4096
 # sweep of each server: lengths and clients
-CPU_SWEEP = (((64, 32), (256, 48), (768, 64), (256, 128)), (1, 2, 4, 8))
-DEVICE_SWEEP = (((128, 64), (512, 64), (2048, 64), (512, 256)), (1, 2, 4, 8, 16))
+CPU_SWEEP = (((64, 32), (256, 48), (768, 64)), (1, 2, 4, 8))
+DEVICE_SWEEP = (((128, 64), (1024, 64), (512, 128)), (1, 2, 4, 8, 16))
 ON_CPU = (
     "--dtype",
     "float32",
