@@ -12,7 +12,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from dynamollm.admin import admin_routes
 from dynamollm.commander import Commander
 from dynamollm.commanding import Commanding
-from dynamollm.sharing_metrics import CommanderMetrics
 from dynamollm.term import ControllerTerm
 from proxy import errors
 from proxy.admission import is_known
@@ -20,11 +19,9 @@ from proxy.app import error_response
 from proxy.errors import ApiError
 
 
-def controller_app(commander: Commander[ControllerTerm], keys: tuple[str, ...]) -> FastAPI:
+def controller_app(commander: Commander[ControllerTerm], keys: tuple[str, ...], registry: CollectorRegistry) -> FastAPI:
     """The application; ``keys`` as for the gateways."""
     app = FastAPI(title="DynamoLLM controller", description="Commands the cluster, or stands by.")
-    registry = CollectorRegistry()
-    registry.register(CommanderMetrics(commander))
 
     def in_command() -> Commanding:
         if commander.term is None:

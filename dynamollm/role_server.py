@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import sys
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -26,8 +28,25 @@ class RoleServer(uvicorn.Server):
         self.should_exit = True
 
 
-async def serve_beside(server: RoleServer, sockets: list[socket.socket], *beside: Coroutine[Any, Any, None]) -> None:
+def end_with_stdin(server: uvicorn.Server) -> None:
+    """End the server when standard input does: whoever held the other end is gone. Within a running loop."""
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        with contextlib.suppress(BlockingIOError):
+            if not os.read(sys.stdin.fileno(), 4096):
+                loop.remove_reader(sys.stdin.fileno())
+                server.should_exit = True
+
+    loop.add_reader(sys.stdin.fileno(), read)
+
+
+async def serve_beside(
+    server: RoleServer, sockets: list[socket.socket], *beside: Coroutine[Any, Any, None], watch_stdin: bool = False
+) -> None:
     """Serve until told to end, or until the first of ``beside`` ends; raises what that raised."""
+    if watch_stdin:
+        end_with_stdin(server)
     tasks = [asyncio.create_task(each) for each in beside]
     serving = asyncio.create_task(server.serve(sockets=sockets))
     await asyncio.wait((serving, tasks[0]), return_when=asyncio.FIRST_COMPLETED)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from proxy import errors
@@ -127,7 +127,7 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/metrics", tags=["operation"])
     async def exposition() -> Response:
         """Metrics in Prometheus' text format."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.answer(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_relayed(app: FastAPI) -> None:

@@ -6,12 +6,12 @@ label sets is bounded: models and tenants beyond the limit are counted as ``othe
 
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, repeat
 from operator import sub
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -184,6 +184,7 @@ class GatewayMetrics(Collector):
         self._gauges: dict[str, tuple[str, float]] = {}
         self.registry = CollectorRegistry()
         self.registry.register(self)
+        self.answer: Callable[[], bytes] = self.page  # to a scrape; of several processes, all pages in one
 
     def count(self, outcome: Outcome) -> None:
         """Count how a request ended; done for many at a time, and before anybody looks."""
@@ -263,6 +264,10 @@ class GatewayMetrics(Collector):
             met = met and tpot_s <= request.slo.tbt_s
         if not outcome.cancelled:
             self.slo_met.add((*labels, "true" if met else "false"))
+
+    def page(self) -> bytes:
+        """All of the registry in Prometheus' text format."""
+        return generate_latest(self.registry)
 
     def set_gauge(self, name: str, documentation: str, value: float) -> None:
         """A gauge, as it is now."""

@@ -1,19 +1,22 @@
 """``dynamollm controller``: a process that commands the cluster of several gateways, or stands by to do so."""
 
+import asyncio
 import contextlib
 from pathlib import Path
 
 import click
 import uvicorn
 import uvloop
+from prometheus_client import CollectorRegistry, generate_latest
 
 from dynamollm.commander import Commander
 from dynamollm.commands.config import config_option
-from dynamollm.commands.roles import engine_option, open_port, role_settings, verbose_option
+from dynamollm.commands.roles import engine_option, open_port, role_settings, site_option, stdin_option, verbose_option
 from dynamollm.controller_app import controller_app
 from dynamollm.role_server import RoleServer, serve_beside
 from dynamollm.shared_wiring import build_commander, process_name
-from dynamollm.store import Store
+from dynamollm.sharing_metrics import CommanderMetrics
+from dynamollm.site_metrics import SiteMetrics
 from dynamollm.term import ControllerTerm
 from dynamollm.wiring import proxy_settings
 
@@ -27,6 +30,8 @@ GRACE_S = 5
 @click.option("--port", default=8081, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
 @click.option("--url", help="Where gateways reach it [default: http://HOST:PORT].")
 @click.option("--name", help="What the others call it [default: controller, host and process id].")
+@site_option
+@stdin_option
 @verbose_option
 def command(
     config_file: Path | None,
@@ -35,6 +40,8 @@ def command(
     port: int,
     url: str | None,
     name: str | None,
+    site: str,
+    watch_stdin: bool,
     verbose: bool,
 ) -> None:
     """Command the cluster of several gateways: plan, start, stop and clock instances, book their energy.
@@ -48,17 +55,24 @@ def command(
     listener = open_port(host, port, shared=False)
     with contextlib.suppress(KeyboardInterrupt), listener:
         commander.url = url or "http://{}:{}".format(*listener.getsockname()[:2])
-        app = controller_app(commander, proxy_settings(settings).api_keys)
+        registry = CollectorRegistry()
+        registry.register(CommanderMetrics(commander))
+        app = controller_app(commander, proxy_settings(settings).api_keys, registry)
+        metrics = (
+            SiteMetrics(commander.store, site, commander.name, lambda: generate_latest(registry)) if site else None
+        )
         config = uvicorn.Config(
             app, ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S
         )
         click.echo(f"{commander.name} answers at {commander.url}", err=True)
-        uvloop.run(serve_beside(RoleServer(config), [listener], _run(commander)))
+        uvloop.run(serve_beside(RoleServer(config), [listener], _run(commander, metrics), watch_stdin=watch_stdin))
 
 
-async def _run(commander: Commander[ControllerTerm]) -> None:
-    store: Store = commander.store
+async def _run(commander: Commander[ControllerTerm], metrics: SiteMetrics | None) -> None:
     try:
-        await commander.run()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(commander.run())
+            if metrics is not None:
+                tasks.create_task(metrics.run())
     finally:
-        await store.close()
+        await commander.store.close()

@@ -9,9 +9,10 @@ import uvloop
 
 from dynamollm.adapters.admin_relay import admin_relay
 from dynamollm.commands.config import config_option
-from dynamollm.commands.roles import engine_option, open_port, role_settings, verbose_option
+from dynamollm.commands.roles import engine_option, open_port, role_settings, site_option, stdin_option, verbose_option
 from dynamollm.role_server import RoleServer, serve_beside
 from dynamollm.shared_wiring import SharedGateway, build_gateway, process_name
+from dynamollm.site_metrics import SiteMetrics
 from proxy.serve import calm_collector, gateway_config
 
 
@@ -22,6 +23,8 @@ from proxy.serve import calm_collector, gateway_config
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on [default: server.port, 8080].")
 @click.option("--share-port", is_flag=True, help="Let other gateways of this machine listen on it, too.")
 @click.option("--name", help="What the others call it [default: gateway, host and process id].")
+@site_option
+@stdin_option
 @verbose_option
 def command(
     config_file: Path | None,
@@ -30,6 +33,8 @@ def command(
     port: int | None,
     share_port: bool,
     name: str | None,
+    site: str,
+    watch_stdin: bool,
     verbose: bool,
 ) -> None:
     """Serve the OpenAI-compatible endpoint, routing to the cluster that a controller commands.
@@ -45,15 +50,20 @@ def command(
         routes = admin_relay(lambda: gateway.replica.controller_url)
         server = RoleServer(gateway_config(gateway.services, place.shutdown_grace_s, routes))
         click.echo("{} listens at http://{}:{}".format(gateway.replica.name, *listener.getsockname()[:2]), err=True)
-        uvloop.run(serve_beside(server, [listener], _run(gateway), _calm(gateway)))
+        uvloop.run(serve_beside(server, [listener], _run(gateway, site), _calm(gateway), watch_stdin=watch_stdin))
 
 
-async def _run(gateway: SharedGateway) -> None:
+async def _run(gateway: SharedGateway, site: str) -> None:
+    metrics = gateway.services.metrics
     try:
         await gateway.persistence.restore()
         async with asyncio.TaskGroup() as tasks:
             for task in (gateway.replica.run(), gateway.scraper.run(), gateway.persistence.run()):
                 tasks.create_task(task)
+            if site:
+                shared = SiteMetrics(gateway.store, site, gateway.replica.name, metrics.page)
+                gateway.services.metrics.answer = shared.page
+                tasks.create_task(shared.run())
     finally:
         await gateway.probe.close()
         await gateway.store.close()

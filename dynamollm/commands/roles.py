@@ -19,6 +19,11 @@ engine_option = click.option(
 )
 verbose_option = click.option("--verbose", "-v", is_flag=True, help="Say what becomes of each instance.")
 
+site_option = click.option(
+    "--site", default="", help="Processes of one site answer /metrics for all of it [default: each for itself]."
+)
+stdin_option = click.option("--watch-stdin", is_flag=True, help="End when standard input closes.")
+
 
 def speak(verbose: bool) -> None:
     """Log to standard error."""

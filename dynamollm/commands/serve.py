@@ -19,6 +19,7 @@ from rich.table import Table
 from dynamollm.adapters.configuration import load
 from dynamollm.admin import admin_routes
 from dynamollm.commands.config import config_option
+from dynamollm.commands.serve_roles import Roles, serve_roles
 from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
 from dynamollm.settings import Settings
@@ -35,11 +36,24 @@ from proxy.serve import calm_collector, gateway_config, listen
 )
 @click.option("--host", help="Address to listen on [default: server.host, 127.0.0.1].")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on [default: server.port, 8080].")
+@click.option(
+    "--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Gateways that share the port."
+)
+@click.option("--no-controller", is_flag=True, help="Gateways only: controllers elsewhere share the store.")
 @click.option("--verbose", "-v", is_flag=True, help="Say what becomes of each instance.")
-def command(config_file: Path | None, engine: str | None, host: str | None, port: int | None, verbose: bool) -> None:
+def command(
+    config_file: Path | None,
+    engine: str | None,
+    host: str | None,
+    port: int | None,
+    workers: int,
+    no_controller: bool,
+    verbose: bool,
+) -> None:
     """Serve the OpenAI-compatible endpoint over a cluster.
 
-    Without --config it brings up nine typed pools of emulated vLLM instances on this machine.
+    Without --config it brings up nine typed pools of emulated vLLM instances on this machine. One process does it all,
+    unless there are more workers or the store is Redis: then gateways and a controller are processes of their own.
     """
     settings = load(config_file, os.environ, engine)
     place = settings.server
@@ -49,6 +63,10 @@ def command(config_file: Path | None, engine: str | None, host: str | None, port
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if workers > 1 or no_controller or settings.store.kind == "redis":
+        roles = Roles(settings, config_file, engine, workers, not no_controller, verbose)
+        asyncio.run(serve_roles(roles))
+        return
     application = build(settings)
     try:
         listener = listen(place.host, place.port)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,3 +129,64 @@ def test_a_port_in_use_and_a_missing_profile_are_told_in_one_line(tmp_path, serv
     )
     assert missing.returncode == 2
     assert missing.stderr.startswith("dynamollm: models[0].profile: no profile 'gpt-9'")
+
+
+def test_workers_share_the_port_the_cluster_and_one_page_of_metrics(tmp_path):
+    config = tmp_path / "cluster.yaml"
+    config.write_text(yaml.safe_dump(CLUSTER))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dynamollm", "serve", "--config", str(config), "--port", "0", "--workers", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("DYNAMOLLM_")},
+    )
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if match := re.search(r"(http://\S+)/v1 is ready, served by 2 gateways", line):
+            url = match[1]
+            break
+    else:
+        raise AssertionError("serve ended before it was ready:\n" + "".join(seen))
+    body = {"model": "llama", "prompt": "hello", "max_tokens": 3, "ignore_eos": True}
+    ids = set()
+    for _ in range(24):  # a connection each: the kernel spreads them
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+        assert answer.status_code == 200
+        ids.add(answer.headers["x-request-id"].rpartition("-")[0])
+    assert len(ids) == 2
+    until_s = time.monotonic() + 15
+    counted = 0.0
+    while counted < 24 and time.monotonic() < until_s:
+        page = httpx.get(f"{url}/metrics").text
+        samples = re.findall(r'^dynamollm_requests_total\{replica="gateway-[^"]+",.*\} ([0-9.]+)$', page, re.MULTILINE)
+        counted = sum(map(float, samples))
+        time.sleep(0.2)
+    assert counted == 24
+    assert len(samples) >= 2
+    assert page.count("# TYPE dynamollm_requests_total counter") == 1
+    assert re.search(r'^dynamollm_controller_leads\{replica="controller-[^"]+"\} 1.0$', page, re.MULTILINE)
+    status = httpx.get(f"{url}/admin/status", timeout=10).json()
+    assert {instance["state"] for instance in status["instances"]} == {"ready"}
+    children = children_of(process.pid)
+    assert len(children) == 3
+    os.kill(children[0], signal.SIGKILL)  # one is started again, the others go on
+    until_s = time.monotonic() + 30
+    while len(set(children_of(process.pid)) - {children[0]}) < 3:
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
+    process.stderr.close()
+
+
+def test_gateways_alone_want_a_store_that_a_controller_elsewhere_shares(tmp_path):
+    alone = subprocess.run(
+        [sys.executable, "-m", "dynamollm", "serve", "--no-controller", "--port", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert alone.returncode == 2
+    assert "store.kind" in alone.stderr
