@@ -15,6 +15,7 @@ from dynamollm.adapters.engine_probe import HttpEngineProbe
 from dynamollm.collected import Collected
 from dynamollm.commander import Commander
 from dynamollm.control_loop import FIRST_LOOK_S, AsyncController, ControlLoop, StaticController
+from dynamollm.controller_recipe import controller_recipe
 from dynamollm.deployment import Deployment
 from dynamollm.leadership import Candidate
 from dynamollm.learning import GatewayLengths
@@ -40,7 +41,6 @@ from dynamollm.wiring import (
     build_meter,
     build_services,
     build_store,
-    controller_recipe,
     length_limits,
     load_profiles,
     router_limits,

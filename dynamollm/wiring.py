@@ -17,6 +17,7 @@ from dynamollm.adapters.redis_store import RedisStore
 from dynamollm.adapters.sqlite_store import SqliteStore
 from dynamollm.cluster_metrics import ControlMetrics, FleetMetrics
 from dynamollm.control_loop import AsyncController, ControlLoop, StaticController
+from dynamollm.controller_recipe import controller_recipe
 from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
 from dynamollm.learning import GatewayLengths, GatewayTokens
@@ -40,7 +41,7 @@ from energy.adapters.catalogue import load_profile
 from energy.carbon import CarbonError, CarbonIntensity, StaticIntensity, intensity_of_region
 from energy.profile import EnergyProfile, ProfileError
 from pools.adapters.tokenizer_files import load_tokenizer
-from pools.classes import ClassSlos, RequestClass
+from pools.classes import ClassSlos
 from pools.drivers.attach import AttachDriver
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
 from pools.drivers.port import InstanceDriver, MeteredDriver
@@ -49,17 +50,11 @@ from pools.length_costs import LengthCosts
 from pools.queue import QueueLimits
 from pools.router import Router, RouterLimits
 from pools.tokens import ExactTokens, InputCounter, TokenEstimator
-from pools.view import PoolView
 from proxy.metrics import GatewayMetrics
 from proxy.outcome import Outcome
 from proxy.services import Directory, GatewayServices
 from proxy.services import Router as RoutingRouter
 from proxy.settings import Deadlines, Limits, ProxySettings
-from solver.control import Controller, Demand
-from solver.controllers import ControlSettings, PlanningController
-from solver.diff import DiffSettings
-from solver.planner import ChangeCosts
-from solver.policies import policies
 
 DEFAULT_REGION = "us-west2"  # California, the grid of the paper's carbon figures
 
@@ -217,56 +212,6 @@ def build_controller(settings: Settings) -> AsyncController:
     if settings.controller.policy == "static":
         return StaticController()
     return ControllerProcess(controller_recipe(settings))
-
-
-@dataclass(frozen=True, slots=True)
-class ControllerRecipe:
-    """Makes the controller; pickled to the process that runs it."""
-
-    policy: str
-    profiles: tuple[tuple[str, str], ...]  # model, profile
-    pools: tuple[PoolView, ...]
-    settings: ControlSettings
-    past: tuple[tuple[float, Demand], ...] = ()  # demand seen before, and when
-
-    def __call__(self, epoch: int) -> Controller:
-        """A fresh controller; its plans supersede those of lower epochs."""
-        tables = {model: load_capacity(profile) for model, profile in self.profiles}
-        first = next(iter(tables.values()))
-        policy = policies(first.tps[-1], first.sm_clocks_mhz[-1])[self.policy]
-        made = PlanningController(policy, tables, self.pools, self.settings, epoch=epoch, stopwatch=monotonic_s)
-        for at_s, demand in self.past:
-            made.recall(at_s, demand)
-        return made
-
-
-def controller_recipe(settings: Settings) -> ControllerRecipe:
-    """The controller that the settings ask for. Raises ``UserError`` where a profile has no capacity table."""
-    for index, model in enumerate(settings.models):
-        try:
-            load_capacity(model.profile)
-        except ProfileError as error:
-            raise UserError(f"models[{index}].profile: {error}; or set controller.policy: static") from None
-    controller, startup_s = settings.controller, settings.driver.startup_s
-    parked_w = controller.parked_w_per_gpu
-    return ControllerRecipe(
-        controller.policy,
-        tuple((model.name, model.profile) for model in settings.models),
-        tuple(PoolView(pool.name, pool.model, RequestClass[pool.request_class]) for pool in settings.pools),
-        ControlSettings(
-            changes=ChangeCosts(
-                start_s=startup_s,
-                reshard_s=startup_s,
-                parked_w_per_gpu=float("inf") if parked_w is None else parked_w,
-                dwell_s=controller.dwell_s,
-            ),
-            diff=DiffSettings(
-                start_deadline_s=controller.transition_deadline_s, drain_deadline_s=controller.transition_deadline_s
-            ),
-            lead_s=startup_s,
-            history_s=controller.warm_up_s,
-        ),
-    )
 
 
 def load_profiles(settings: Settings) -> dict[str, EnergyProfile]:

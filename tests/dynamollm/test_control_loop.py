@@ -11,8 +11,8 @@ import pytest
 from dynamollm.adapters.configuration import load
 from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.control_loop import ControllerLostError, ControlLoop
+from dynamollm.controller_recipe import controller_recipe
 from dynamollm.settings import ControllerSettings
-from dynamollm.wiring import controller_recipe
 from simulator.virtual_loop import run
 from solver.control import (
     ClusterState,

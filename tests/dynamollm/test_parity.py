@@ -13,9 +13,9 @@ import pytest
 from virtual_cluster import Recorded, Served, serve_virtually
 
 from dynamollm.adapters.configuration import load
+from dynamollm.controller_recipe import controller_recipe
 from dynamollm.settings import NodeSettings, Settings
 from dynamollm.twin import twin
-from dynamollm.wiring import controller_recipe
 from energy.adapters.catalogue import load_profile
 from simulator.simulation import Simulation
 from simulator.virtual_loop import run

@@ -12,8 +12,9 @@ import numpy as np
 import uvicorn
 
 from dynamollm.admin import admin_routes
+from dynamollm.controller_recipe import controller_recipe
 from dynamollm.settings import Settings
-from dynamollm.wiring import Application, build, controller_recipe
+from dynamollm.wiring import Application, build
 from pools.classes import ClassCuts
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
 from proxy.fields import RequestFields
