@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help serve test check format lint types contracts bench-gateway profiles experiment lock clean
+.PHONY: help serve test check format lint types contracts bench-gateway profiles experiment lock compose-rehearsal clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -59,10 +59,20 @@ profiles: $(STAMP)  ## Fit the shipped profiles from ../shared/data, build their
 experiment: $(STAMP)  ## Run the paper's experiments in virtual time and write docs/results.md (ARGS="--experiment conv-1h")
 	$(BIN)/python -m benchmarks.experiment $(ARGS)
 
-lock: $(STAMP)  ## Resolve the dependencies anew into requirements.lock
+LOCK := pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+  --no-emit-index-url --quiet
+lock: $(STAMP)  ## Resolve the dependencies anew into requirements.lock, those of the image into deploy/requirements.lock
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
-	  --upgrade --no-header --no-annotate --no-emit-index-url --quiet -o requirements.lock
+	$(BIN)/uv $(LOCK) --group dev --upgrade -o requirements.lock
+	cp requirements.lock deploy/requirements.lock
+	$(BIN)/uv $(LOCK) -o deploy/requirements.lock
+
+compose-rehearsal: $(STAMP)  ## Run docker-compose.yml's services as processes, and every panel of the Grafana board
+	@for program in redis-server prometheus promtool; do command -v $$program >/dev/null \
+	  || { echo "$$program is missing (Debian: apt-get install redis-server prometheus)" >&2; exit 1; }; done
+	promtool check config deploy/prometheus/prometheus.yml
+	promtool test rules deploy/prometheus/rules_test.yml
+	$(BIN)/python -m benchmarks.compose_rehearsal $(ARGS)
 
 bench-gateway: $(STAMP)  ## Measure the gateway's cost beside nginx, haproxy and others (ARGS="--rounds 1")
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench

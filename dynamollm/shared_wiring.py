@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import getpid
 
+from prometheus_client import ProcessCollector
+
 from dynamollm.accounts import AccountedRouter, GatewayAccounts
 from dynamollm.adapters.clock import monotonic_s, unix_offset_s
 from dynamollm.adapters.controller_process import ControllerProcess
@@ -92,6 +94,7 @@ def build_gateway(settings: Settings, name: str, clock: Callable[[], float] = mo
     estimator, predictor = TokenEstimator(settings.slo.cuts), LearnedLengths(length_limits(settings))
     metrics = GatewayMetrics()
     metrics.registry.register(ReplicaMetrics(replica, feed))
+    metrics.registry.register(ProcessCollector(registry=None))
     return SharedGateway(
         settings=settings,
         store=store,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import uvicorn
 import uvloop
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from dynamollm.commander import Commander
 from dynamollm.commands.config import config_option
@@ -57,6 +57,7 @@ def command(
         commander.url = url or "http://{}:{}".format(*listener.getsockname()[:2])
         registry = CollectorRegistry()
         registry.register(CommanderMetrics(commander))
+        registry.register(ProcessCollector(registry=None))
         app = controller_app(commander, proxy_settings(settings).api_keys, registry)
         metrics = (
             SiteMetrics(commander.store, site, commander.name, lambda: generate_latest(registry)) if site else None
