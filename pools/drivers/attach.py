@@ -1,11 +1,12 @@
 """AttachDriver: instances that somebody else started. It routes to them; it neither starts nor stops a process.
 
-``start`` takes the next free URL of the pool; the instance is READY when its server answers ``GET /health``, and is
-looked at again until then. It has no way to set a clock or to put an engine to sleep, and says so.
+``start`` takes the next free URL of the pool; the instance is READY when its server has produced a token (a server that
+sleeps or drains answers /health as well as one that serves), and is asked again until then. One that refuses the
+request, as a server of another model does, is FAILED with its answer. It has no way to set a clock or to put an engine
+to sleep, and says so.
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,10 +14,8 @@ import httpx
 
 from pools.drivers.broadcast import EventBroadcast
 from pools.drivers.port import DriverError, InstanceEvent, InstanceSpec, StartRefusedError, UnknownInstanceError
+from pools.drivers.vllm_http import VllmServer
 from pools.instances import Instance, InstanceState
-
-PROBE_PERIOD_S = 1.0
-PROBE_TIMEOUT_S = 5.0
 
 
 class AttachDriver:
@@ -27,7 +26,7 @@ class AttachDriver:
         self._instances: dict[str, Instance] = {}
         self._broadcast = EventBroadcast()
         self._probes: dict[str, asyncio.Task[None]] = {}
-        self._client = httpx.AsyncClient(timeout=PROBE_TIMEOUT_S, trust_env=False, transport=transport)
+        self._transport = transport
 
     async def start(self, spec: InstanceSpec) -> Instance:
         """See ``InstanceDriver``; ``StartRefusedError`` when the pool has no URL left."""
@@ -40,25 +39,34 @@ class AttachDriver:
             spec.id, spec.pool, spec.shape, urls.pop(0), InstanceState.STARTING, spec.sm_clock_mhz, spec.gpus
         )
         self._put(instance)
-        self._probes[spec.id] = asyncio.create_task(self._until_healthy(instance))
+        self._probes[spec.id] = asyncio.create_task(self._until_it_serves(instance))
         return instance
 
-    async def _until_healthy(self, instance: Instance) -> None:
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if (await self._client.get(f"{instance.url}/health")).status_code == httpx.codes.OK:
-                    self._put(replace(instance, state=InstanceState.READY))
-                    return
-            await asyncio.sleep(PROBE_PERIOD_S)
+    async def _until_it_serves(self, instance: Instance) -> None:
+        server = VllmServer(instance.url, instance.shape.model, self._transport)
+        try:
+            await server.until_first_token()
+        except DriverError as error:
+            self._forget(instance, InstanceState.FAILED, str(error))
+        else:
+            self._put(replace(instance, state=InstanceState.READY))
+        finally:
+            await server.close()
 
     async def stop(self, instance_id: str, grace_s: float) -> None:
         """See ``InstanceDriver``; the server runs on, only this gateway forgets it."""
-        instance = self._instances.pop(instance_id, None)
-        if instance is None:
+        if (instance := self._instances.get(instance_id)) is None:
             return
-        self._probes.pop(instance_id).cancel()
-        self._free.setdefault(instance.pool, []).append(instance.url)
-        self._broadcast.publish(InstanceEvent(instance_id, InstanceState.STOPPED))
+        self._probes[instance_id].cancel()
+        await asyncio.wait((self._probes[instance_id],))
+        self._forget(instance, InstanceState.STOPPED)
+
+    def _forget(self, instance: Instance, state: InstanceState, reason: str = "") -> None:
+        """Its URL is free again."""
+        if self._instances.pop(instance.id, None) is not None:
+            del self._probes[instance.id]
+            self._free[instance.pool].append(instance.url)
+            self._broadcast.publish(InstanceEvent(instance.id, state, reason))
 
     async def list(self) -> tuple[Instance, ...]:
         """See ``InstanceDriver``."""
@@ -90,7 +98,6 @@ class AttachDriver:
         """Forget every instance; their servers run on."""
         for instance_id in tuple(self._instances):
             await self.stop(instance_id, 0.0)
-        await self._client.aclose()
         self._broadcast.close()
 
     def _get(self, instance_id: str) -> Instance:

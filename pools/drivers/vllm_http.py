@@ -20,12 +20,14 @@ WARM_UP_WORDS = 512
 class VllmServer:
     """One server at ``url`` that serves ``model``."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.url = url
         self._model = model
         # a connection a call: vLLM closes idle ones after 5 s, which looks like a failure of the call
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.AsyncClient(base_url=url, limits=limits, trust_env=False, timeout=CALL_TIMEOUT_S)
+        self._client = httpx.AsyncClient(
+            base_url=url, limits=limits, trust_env=False, timeout=CALL_TIMEOUT_S, transport=transport
+        )
 
     async def close(self) -> None:
         """Close what is open towards it."""
