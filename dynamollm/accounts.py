@@ -31,10 +31,15 @@ class Ledger(Protocol):
         """Energy of one in flight, up to now; None where nobody knows."""
 
 
+def nobody(request: Request) -> None:
+    """Nobody wants to know of arrivals."""
+
+
 class AccountedRouter:
     """The router it is given, telling the ledger who went where and when the first token came.
 
-    ``first_token`` is told of every first token, too, while the request still counts as not begun.
+    ``first_token`` is told of every first token, too, while the request still counts as not begun; ``arrived`` of every
+    request, once.
     """
 
     def __init__(
@@ -42,16 +47,20 @@ class AccountedRouter:
         router: Router,
         ledger: Ledger,
         first_token: Callable[[str, float], None] = lambda request_id, now_s: None,
+        arrived: Callable[[Request], None] = nobody,
     ) -> None:
         self._router = router
         self._ledger = ledger
         self._first_token = first_token
+        self._arrived = arrived
         self.on_finished = router.on_finished  # the end is told by the outcome, which has the engine's tokens
         self.on_failed = router.on_failed
         self.on_cancelled = router.on_cancelled
 
     def route(self, request: Request, now_s: float, exclude: frozenset[str] = frozenset()) -> Decision:
         """As the router decides."""
+        if not exclude:  # a retry has been told
+            self._arrived(request)
         decision = self._router.route(request, now_s, exclude)
         if decision.__class__ is Assigned:
             self._began(request, decision, now_s)

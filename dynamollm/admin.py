@@ -14,6 +14,7 @@ from fastapi import APIRouter, Response
 
 from dynamollm.commanding import Commanding
 from dynamollm.control_loop import TickRecord
+from dynamollm.counterfactual import Counterfactual
 from dynamollm.operations import OperationRecord
 from energy.dcgm import dcgm_text
 from solver.control import Action, Observation, Reshard, Route
@@ -88,9 +89,25 @@ def describe_cluster(application: Commanding) -> Json:
         "gpus_free": sum(placement.free_gpus(node) for node in placement.nodes),
         "queued": router.queue.depth,
         "metered_j": application.ledger.metered_j,
+        "counterfactual": describe_savings(application.counterfactual),
         "operations_under_way": application.operations.busy,
         "ticks": control.ticks,
     }
+
+
+def describe_savings(counterfactual: Counterfactual | None) -> list[Json]:
+    """What each other policy would have used for the same requests, and so what was saved; nothing while unknown."""
+    return [
+        {
+            "policy": c.policy,
+            "seconds": round(c.seconds, 1),
+            "metered_j": _number(c.metered_j),
+            "energy_j": _number(c.energy_j),
+            "saved_j": _number(c.saved_j),
+            "band_j": _number(c.band_j),
+        }
+        for c in (counterfactual.comparisons if counterfactual else ())
+    ]
 
 
 def _seen(observation: Observation | None) -> dict[str, Json]:

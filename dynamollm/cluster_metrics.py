@@ -11,6 +11,7 @@ from typing import Protocol, get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dynamollm.counterfactual import Comparison
 from dynamollm.operations import Outcome
 from pools.instances import Instance
 from proxy.metrics import Histogram
@@ -43,6 +44,14 @@ class Fleet(Protocol):
     @property
     def gpus(self) -> int:
         """GPUs there are."""
+
+
+class Compared(Protocol):
+    """What else would have been used (``dynamollm.counterfactual.Counterfactual``)."""
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """One a policy."""
 
 
 class FleetMetrics(Collector):
@@ -153,3 +162,28 @@ def _gauge(name: str, text: str, labels: tuple[str, ...], values: Mapping[tuple[
     for key, value in values.items():
         family.add_metric(key, value)
     return family
+
+
+class SavingsMetrics(Collector):
+    """What other policies would have used; nothing where nothing is compared."""
+
+    def __init__(self, counterfactual: Compared | None) -> None:
+        self._counterfactual = counterfactual
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing fixed."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """One value a policy, all of the same stretch of time."""
+        comparisons = self._counterfactual.comparisons if self._counterfactual else ()
+        families = (
+            ("dynamollm_counterfactual_joules", "What the policy would have used for the same requests", "energy_j"),
+            ("dynamollm_counterfactual_band_joules", "By how much that may be wrong", "band_j"),
+            ("dynamollm_saved_joules", "That less what was used; negative: used more", "saved_j"),
+        )
+        for name, text, field in families:
+            family = GaugeMetricFamily(name, text, labels=("policy",))
+            for comparison in comparisons:
+                family.add_metric((comparison.policy,), getattr(comparison, field))
+            yield family

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from dynamollm.control_loop import ControlLoop
+from dynamollm.counterfactual import Counterfactual
 from dynamollm.deployment import Deployment
 from dynamollm.metering import Metering
 from dynamollm.observation import CountedQueue
@@ -53,6 +54,10 @@ class Commanding(Protocol):
     @property
     def metering(self) -> Metering | None:
         """What the GPUs draw."""
+
+    @property
+    def counterfactual(self) -> Counterfactual | None:
+        """What other policies would have used; None where nothing is compared."""
 
     @property
     def clock(self) -> Callable[[], float]:

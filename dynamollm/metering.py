@@ -71,6 +71,7 @@ class Metering:
         self._reader = MeterReader()
         self._power_w: dict[str, float] = {}
         self._readings: tuple[GpuReading, ...] = ()
+        self.drawn_j = 0.0  # by all GPUs, since the first reading
 
     def readings(self) -> tuple[GpuReading, ...]:
         """The last reading of every GPU, with the instance that holds it."""
@@ -105,6 +106,7 @@ class Metering:
         power_w: dict[str, float] = {}
         for interval in self._reader.read(readings, self._held(), now_s):
             self._ledger.metered(interval)
+            self.drawn_j += interval.energy_j
             drawn_w = interval.energy_j / (interval.end_s - interval.begin_s)
             power_w[interval.instance.id] = power_w.get(interval.instance.id, 0.0) + drawn_w
         self._power_w = power_w

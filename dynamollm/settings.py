@@ -158,6 +158,7 @@ class EnergySettings:
     carbon_g_per_kwh: Annotated[float, Field(ge=0, le=2000)] | None = None
     gpu_hour_usd: dict[str, float] = field(default_factory=dict)  # over the shipped prices, by GPU name
     electricity_usd_per_kwh: Annotated[float, Field(ge=0, le=10)] = 0.0  # 0: part of the rented GPU-hour
+    counterfactual: bool = True  # simulate beside it what single-pool and packing would have used
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +222,12 @@ class Settings:
     objectives: tuple[ObjectiveSettings, ...] = ()
     auth: AuthSettings = field(default_factory=AuthSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+
+
+def of_one_kind(settings: Settings) -> bool:
+    """Whether it is one model on like nodes: what the simulator has a world for."""
+    kinds = {(node.gpu, node.gpus) for node in settings.nodes}
+    return len(settings.models) == 1 and len(kinds) == 1
 
 
 def check(settings: Settings) -> list[str]:

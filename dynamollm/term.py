@@ -50,6 +50,7 @@ class ControllerTerm:
     tail: LedgerTail
     metering: Metering | None
     clock: Callable[[], float]
+    counterfactual: None = None  # requests are known to the gateways alone
 
     @property
     def booked(self) -> dict[str, int]:

@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 from prometheus_client import ProcessCollector
 
-from dynamollm.accounts import AccountedRouter, GatewayAccounts
+from dynamollm.accounts import AccountedRouter, GatewayAccounts, nobody
 from dynamollm.adapters.clock import monotonic_s, unix_offset_s
 from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.adapters.engine_probe import HttpEngineProbe
 from dynamollm.adapters.redis_store import RedisStore
 from dynamollm.adapters.sqlite_store import SqliteStore
-from dynamollm.cluster_metrics import ControlMetrics, FleetMetrics
+from dynamollm.cluster_metrics import ControlMetrics, FleetMetrics, SavingsMetrics
 from dynamollm.control_loop import AsyncController, ControlLoop, StaticController
 from dynamollm.controller_recipe import controller_recipe
+from dynamollm.counterfactual import AsyncShadows, Counterfactual
 from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
 from dynamollm.learning import GatewayLengths, GatewayTokens
@@ -28,6 +29,7 @@ from dynamollm.persistence import Persistence
 from dynamollm.ray_wiring import build_ray_driver
 from dynamollm.runner import Runner
 from dynamollm.settings import EnergySettings, LimitSettings, Settings, StoreSettings
+from dynamollm.shadow_wiring import build_shadows
 from dynamollm.slo_watch import SloWatch
 from dynamollm.store import Store
 from dynamollm.vllm_wiring import build_emulated_device_driver, build_vllm_driver
@@ -75,6 +77,7 @@ class Application:
     ledger: EnergyLedger
     metering: Metering | None  # None: nobody tells what the GPUs draw
     persistence: Persistence
+    counterfactual: Counterfactual | None  # None: nothing to compare with
     clock: Callable[[], float]
 
 
@@ -83,10 +86,11 @@ def build(
     clock: Callable[[], float] = monotonic_s,
     driver: InstanceDriver | None = None,
     controller: AsyncController | None = None,
+    shadows: AsyncShadows | None = None,
 ) -> Application:
     """Put the application together; starts nothing. Raises ``UserError`` for a profile or a file it cannot use.
 
-    ``driver`` and ``controller`` stand in for those that the settings ask for.
+    ``driver``, ``controller`` and ``shadows`` stand in for those that the settings ask for.
     """
     driver = driver or build_driver(settings)
     deployment = Deployment(settings, load_profiles(settings), driver.lost_nodes)
@@ -98,6 +102,7 @@ def build(
     ledger = build_ledger(settings.energy)
     accounts = GatewayAccounts(ledger)
     metering = Metering(meter, ledger, HeldGpus(deployment), clock) if meter else None
+    counterfactual = build_counterfactual(settings, metering, clock, shadows)
     power_w = metering.power_w if metering else dict
     observer = Observer(deployment, router, clock(), power_w, lambda: runner.seen_start_s)
     watch = SloWatch(router, observer.on_share)
@@ -115,8 +120,11 @@ def build(
         FleetMetrics(deployment, router.in_flight),
         ControlMetrics(control, operations),
         ProcessCollector(registry=None),
+        SavingsMetrics(counterfactual),
     ):
         metrics.registry.register(collector)
+    arrived = counterfactual.on_arrival if counterfactual else nobody
+    observers = [accounts.book, watch.on_outcome, *([counterfactual.on_outcome] if counterfactual else [])]
     return Application(
         settings=settings,
         deployment=deployment,
@@ -124,11 +132,11 @@ def build(
         services=build_services(
             settings,
             deployment,
-            AccountedRouter(router, ledger, watch.on_first_token),
+            AccountedRouter(router, ledger, watch.on_first_token, arrived),
             Learners(estimator, lengths),
             metrics,
             clock,
-            observers=(accounts.book, watch.on_outcome),
+            observers=tuple(observers),
             energy_j=accounts.energy_j if metering else None,
         ),
         probe=probe,
@@ -139,6 +147,7 @@ def build(
         ledger=ledger,
         metering=metering,
         persistence=persistence,
+        counterfactual=counterfactual,
         clock=clock,
     )
 
@@ -173,6 +182,16 @@ def build_services(
         learners=(learners.lengths.learn, GatewayTokens(learners.tokens).learn),
         energy_j=energy_j,
     )
+
+
+def build_counterfactual(
+    settings: Settings, metering: Metering | None, clock: Callable[[], float], shadows: AsyncShadows | None = None
+) -> Counterfactual | None:
+    """What is compared with, where something is metered, wanted, and can be simulated."""
+    if metering is None or not settings.energy.counterfactual:
+        return None
+    shadows = shadows or build_shadows(settings)
+    return Counterfactual(shadows, lambda: metering.drawn_j, clock) if shadows else None
 
 
 def build_store(store: StoreSettings) -> Store:

@@ -33,6 +33,7 @@ from solver.control import (
     Controller,
     Demand,
     InstanceViews,
+    Level,
     Observation,
     Route,
     Tick,
@@ -95,6 +96,8 @@ class Simulation:
         )
         self._chunks: Iterator[Requests] = iter(workload.chunks())
         self._arrivals, self._cursor, self._more = _no_arrivals(), 0, True
+        self._due = Tick(float("inf"), Level.INSTANCE)
+        self._next_sample_s = setup.sample_s
         self._tick_s = 0.0
         self._tick_energy = np.zeros(len(self.world.engines.mode))
         self._samples = Samples(setup.profile.tensor_parallel)
@@ -105,21 +108,38 @@ class Simulation:
 
     def run(self) -> None:
         """From the first tick to the last token."""
-        tick = self._first_tick()
-        next_sample_s = self.setup.sample_s
-        end_s = self.workload.duration_s
-        while self.now_s < end_s or not self._finished():
-            stop_s = end_s if self.now_s < end_s else self.now_s + AFTER_END_S
-            self._go_to(min(tick.at_s, self.cluster.next_effect_s, next_sample_s, stop_s))
-            self.cluster.run_effects(self.now_s)
-            self._follow_changes()
-            if self.now_s >= next_sample_s:
-                self._sample()
-                next_sample_s += self.setup.sample_s
-            if self.now_s >= tick.at_s:
-                tick = self._tick(tick)
+        self.begin()
+        self.advance(self.workload.duration_s)
+        while not self._finished():
+            self.advance(self.now_s + AFTER_END_S)
         self._reject_waiting()
         self._sample()
+
+    def begin(self) -> None:
+        """The first tick."""
+        self._due = self._first_tick()
+        self._next_sample_s = self.setup.sample_s
+
+    def advance(self, until_s: float) -> None:
+        """Go on to that time."""
+        while self.now_s < until_s:
+            self._go_to(min(self._due.at_s, self.cluster.next_effect_s, self._next_sample_s, until_s))
+            self.cluster.run_effects(self.now_s)
+            self._follow_changes()
+            if self.now_s >= self._next_sample_s:
+                self._sample()
+                self._next_sample_s += self.setup.sample_s
+            if self.now_s >= self._due.at_s:
+                self._due = self._tick(self._due)
+
+    def feed(self, requests: Requests) -> None:
+        """More requests, for a workload that is not known beforehand: all that come before the next ``advance`` ends.
+
+        Raises ``ValueError`` for one that came before now.
+        """
+        if len(requests) and float(requests.arrival_s[0]) < self.now_s:
+            raise ValueError(f"a request of {requests.arrival_s[0]} s comes after {self.now_s} s were simulated")
+        self._arrivals, self._cursor, self._more = self._annotate(requests), 0, False
 
     def _finished(self) -> bool:
         """Whether every request has been answered (those that nobody will ever take do not count)."""

@@ -287,8 +287,9 @@ class _Differ:
     def _relabel(self, matching: Matching) -> list[Action]:
         views = self.cluster.instances
         actions: list[Action] = []
+        last = self._last_of_their_pools(matching)
         for i, pool in (*matching.reassign, *matching.wake):
-            if views.pool[i] != pool:
+            if views.pool[i] != pool and i not in last:
                 why = f"plan {self.plan.version} wants it in {self.pools[pool].name}"
                 actions.append(Reassign(instance_id=views.ids[i], pool=self.pools[pool].name, **self._quick(why)))
         for i, pool in matching.wake:
@@ -296,6 +297,23 @@ class _Differ:
             clock = clocks[-1] if clocks else int(views.sm_clock_mhz[i])
             actions.append(Wake(instance_id=views.ids[i], sm_clock_mhz=clock, **self._quick("needed again")))
         return actions
+
+    def _last_of_their_pools(self, matching: Matching) -> set[int]:
+        """Those to move that must serve on where they are: else a pool of the plan had nobody until a start is over."""
+        views = self.cluster.instances
+        ready: Counter[int] = Counter(int(p) for p in views.pool[views.state == READY])
+        moves = [(i, int(views.pool[i]), pool) for i, pool in matching.reassign if views.state[i] == READY]
+        for _, before, after in moves:
+            ready[before] -= 1
+            ready[after] += 1
+        planned = {pool for pool, _ in self.clocks}
+        last = set()
+        for i, before, after in moves:
+            if before in planned and ready[before] <= 0 and before != after:
+                last.add(i)
+                ready[before] += 1
+                ready[after] -= 1
+        return last
 
     def _clock_changes(self, matching: Matching) -> list[Action]:
         """Where plans set clocks: each READY instance to one of its group's, changing as few as possible."""

@@ -18,6 +18,7 @@ from dynamollm.control_loop import ControllerLostError
 from solver.control import Controller, Effects, Observation, Tick
 
 T = TypeVar("T")
+PRIORITY = 10  # below the gateway: on a machine without a core to spare, a solve waits for requests
 
 _controller: list[Controller] = []  # of this process, once it is one
 
@@ -77,6 +78,7 @@ class ControllerProcess:
 
 def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
+    os.nice(PRIORITY)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

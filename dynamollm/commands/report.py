@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynamollm.adapters.admin_client import fetch
+from dynamollm.commands.status import savings
 from dynamollm.errors import UserError
 from energy.accounting import EnergyWindow
 from energy.accounting_report import BY, By, EnergyReport, ReportLine, notes_of, report_of
@@ -45,8 +46,9 @@ class Duration(click.ParamType[float]):
 def command(since_s: float, by: By, url: str, api_key: str | None, form: str) -> None:
     """Show what requests took: energy by phase, CO2 and money, with idle time and transitions beside them."""
     report = report_of(window_of(url, since_s, api_key), by)
+    saved = json.loads(fetch(url, "status", api_key))["counterfactual"] if form != "csv" else []
     if form == "json":
-        click.echo(json.dumps(document(report), indent=2))
+        click.echo(json.dumps({**document(report), "counterfactual": saved}, indent=2))
     elif form == "csv":
         click.echo(csv_text(report), nl=False)
     else:
@@ -54,6 +56,8 @@ def command(since_s: float, by: By, url: str, api_key: str | None, form: str) ->
         console.print(table(report))
         for note in notes_of(report):
             console.print(note, style="dim", highlight=False)
+        for line in savings(saved):
+            console.print(line, highlight=False)
 
 
 def window_of(url: str, since_s: float, api_key: str | None) -> EnergyWindow:

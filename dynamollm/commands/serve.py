@@ -128,6 +128,8 @@ async def _run_cluster(application: Application) -> None:
                 tasks.create_task(application.metering.run())
             await application.runner.settled()
             tasks.create_task(application.control.run())
+            if application.counterfactual is not None:
+                tasks.create_task(application.counterfactual.run())
     finally:
         await application.operations.close()
         await application.controller.close()

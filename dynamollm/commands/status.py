@@ -28,6 +28,17 @@ def command(url: str, api_key: str | None, as_json: bool) -> None:
         f"{status['queued']} requests wait, {status['operations_under_way']} changes under way",
         highlight=False,
     )
+    for line in savings(status["counterfactual"]):
+        console.print(line, highlight=False)
+
+
+def savings(compared: list[dict[str, Any]]) -> list[str]:
+    """What was saved so far, a line a policy; nothing while nothing is known."""
+    return [
+        f"saved in {c['seconds'] / 60:.0f} min against {c['policy']}: {c['saved_j'] / 3600:.4g} of "
+        f"{c['energy_j'] / 3600:.4g} Wh ({c['saved_j'] / c['energy_j']:.0%}), give or take {c['band_j'] / 3600:.2g}"
+        for c in compared
+    ]
 
 
 def instances_table(status: dict[str, Any]) -> Table:

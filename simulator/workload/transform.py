@@ -70,6 +70,22 @@ def limited(workload: Workload, requests: int) -> Workload:
     return replace(workload, expected_requests=min(float(requests), workload.expected_requests), begin=begin)
 
 
+def sped_up(workload: Workload, speedup: float) -> Workload:
+    """The same requests in a ``speedup``-th of the time, as `dynamollm replay --speedup` sends them."""
+    if not 0 < speedup < np.inf:
+        raise WorkloadError(f"{workload.name}: a speedup of {speedup:g} is not above 0")
+    if speedup == 1:
+        return workload
+
+    def begin() -> Iterator[Arrivals]:
+        for chunk in workload.chunks():
+            yield Arrivals(chunk.arrival_s / speedup, chunk.input_tokens, chunk.output_tokens)
+
+    return replace(
+        workload, name=f"{workload.name} at {speedup:g}x", duration_s=workload.duration_s / speedup, begin=begin
+    )
+
+
 def scaled(workload: Workload, factor: float, seed: int) -> Workload:
     """``factor`` times as many requests over the same time, by thinning or superposition (see the module)."""
     if not 0 < factor < np.inf:

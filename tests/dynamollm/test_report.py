@@ -28,6 +28,17 @@ WINDOW = EnergyWindow(
     ("B300",),
 )
 
+SAVED = [
+    {
+        "policy": "single-pool",
+        "seconds": 1800.0,
+        "metered_j": 720_000.0,
+        "energy_j": 1_080_000.0,
+        "saved_j": 360_000.0,
+        "band_j": 36_000.0,
+    }
+]
+
 
 @pytest.fixture
 def gateway():
@@ -39,6 +50,8 @@ def gateway():
         def do_GET(self):
             self.seen.append((self.path, self.headers.get("authorization")))
             status, body = type(self).answer
+            if self.path == "/admin/status":
+                status, body = 200, json.dumps({"counterfactual": SAVED}).encode()
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body)
@@ -90,7 +103,8 @@ def test_joules_a_token_are_by_phase_and_without_idle_time():
 
 def test_the_table_says_it_all_in_80_columns(gateway):
     shown = run(gateway, "--since", "15m", "--api-key", "k")
-    assert gateway.seen == [("/admin/energy?since_s=900.0", "Bearer k")]
+    assert gateway.seen == [("/admin/energy?since_s=900.0", "Bearer k"), ("/admin/status", "Bearer k")]
+    assert "saved in 30 min against single-pool: 100 of 300 Wh (33%), give or take 10" in shown
     assert "Energy by class, 2023-11-14 22:13:20 to 2023-11-14 23:13:20 UTC" in shown
     assert all(name in shown for name in ("SS", "LL", OVERHEAD, "all", "a test grid", "No price is set for B300"))
     assert max(map(len, shown.splitlines())) <= 80
@@ -108,6 +122,7 @@ def test_csv_and_json_have_every_number(gateway):
     assert [row["tenant"] for row in rows] == ["bob", OVERHEAD, "alice"]
     assert sum(float(row["energy_j"]) for row in rows) == 7200.0
     told = json.loads(run(gateway, "--format", "json", "--by", "pool"))
+    assert told["counterfactual"] == SAVED
     assert told["total"]["co2_g"] == 15.0
     assert told["lines"][0]["gpu_hours"] == pytest.approx(0.03)
     assert told["carbon_source"] == "a test grid"

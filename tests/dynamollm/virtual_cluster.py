@@ -13,7 +13,9 @@ import uvicorn
 
 from dynamollm.admin import admin_routes
 from dynamollm.controller_recipe import controller_recipe
+from dynamollm.counterfactual import OWN
 from dynamollm.settings import Settings
+from dynamollm.shadow_wiring import BASELINES, ShadowWorld
 from dynamollm.wiring import Application, build
 from pools.classes import ClassCuts
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
@@ -23,6 +25,7 @@ from proxy.outcome import Outcome
 from proxy.serve import gateway_config, listen
 from simulator.emulator.adapters.process import EmulatorProcess, NodeOptions, ProcessOptions
 from simulator.prediction import TrueLengths
+from simulator.shadow import Shadows
 from simulator.workload.arrivals import Arrivals
 from solver.control import Controller, Effects, Observation, Tick
 
@@ -96,6 +99,19 @@ def driver_of(settings: Settings) -> EmulatorDriver:
     return EmulatorDriver(machines, models, startup_s=settings.driver.startup_s, spawn=in_process)
 
 
+class InlineShadows:
+    """Shadow simulations in this very process: they take no time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._shadows = Shadows({name: ShadowWorld(settings, name) for name in (OWN, *BASELINES)})
+
+    async def follow(self, requests: Arrivals, until_s: float) -> dict[str, float]:
+        return self._shadows.follow(requests, until_s)
+
+    async def close(self) -> None:
+        pass
+
+
 @dataclass(slots=True)
 class Served:
     """What became of it."""
@@ -108,14 +124,14 @@ class Served:
     energy_j: float = 0.0
 
 
-async def serve_virtually(settings: Settings, requests: Arrivals, until_s: float) -> Served:
+async def serve_virtually(settings: Settings, requests: Arrivals, until_s: float, shadowed: bool = False) -> Served:
     """Serve these requests, ``until_s`` seconds and until the last is answered; on the virtual-time loop."""
     clock = asyncio.get_running_loop().time
     recorded = controller = None
     if settings.controller.policy != "static":
         recorded = Recorded(controller_recipe(settings)(1))
         controller = Inline(recorded)
-    application = build(settings, clock, driver_of(settings), controller)
+    application = build(settings, clock, driver_of(settings), controller, InlineShadows(settings) if shadowed else None)
     outcomes: list[Outcome] = []
     services = dataclasses.replace(
         application.services,
@@ -123,7 +139,7 @@ async def serve_virtually(settings: Settings, requests: Arrivals, until_s: float
         observers=(*application.services.observers, outcomes.append),
     )
     served = Served(application, 0.0, recorded, outcomes, [])
-    server = uvicorn.Server(gateway_config(services, 5.0, admin_routes(application)))
+    server = uvicorn.Server(gateway_config(services, 5.0, admin_routes(lambda: application)))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
@@ -137,6 +153,9 @@ async def serve_virtually(settings: Settings, requests: Arrivals, until_s: float
     began_j = await counted_j(application)
     served.began_s = clock()
     tasks = [running, asyncio.create_task(application.metering.run()), asyncio.create_task(application.control.run())]
+    if shadowed:
+        assert application.counterfactual is not None
+        tasks.append(asyncio.create_task(application.counterfactual.run()))
     try:
         await asyncio.gather(replay(port, requests, served), asyncio.sleep(until_s))
         served.energy_j = await counted_j(application) - began_j

@@ -108,6 +108,28 @@ def test_on_full_nodes_instances_become_others_in_place_and_a_few_at_a_time():
     assert reshards[0].transfers == ()  # two copies of all weights lie there: every rank keeps what it needs
 
 
+def test_the_last_of_a_pool_moves_only_when_another_is_ready_there():
+    """A class whose pool is left without an instance would wait for as long as a start takes."""
+    rows = [{"id": "old", "pool": LL, "tp": 2, "node": 0}]
+    wanted = plan(group(SM, 2, 1), group(LL, 4, 1))
+    before = diff(wanted, cluster(rows, POOLS), 0.0, POOLS)
+    (order,) = steps(before, ScaleOut)
+    assert (order.pool, order.tp) == ("LL", 4)
+    assert not steps(before, Reassign)
+    rows.append({"id": "new", "pool": LL, "tp": 4, "node": 1, "state": InstanceState.STARTING})
+    assert not steps(diff(wanted, cluster(rows, POOLS), 5.0, POOLS), Reassign)
+    rows[1]["state"] = InstanceState.READY
+    assert [a.instance_id for a in steps(diff(wanted, cluster(rows, POOLS), 60.0, POOLS), Reassign)] == ["old"]
+
+
+def test_pools_can_swap_their_only_instances_and_one_may_fall_empty_that_the_plan_gives_up():
+    rows = [{"id": "a", "pool": SM, "tp": 2, "node": 0}, {"id": "b", "pool": LL, "tp": 4, "node": 0}]
+    swapped = diff(plan(group(LL, 2, 1), group(SM, 4, 1)), cluster(rows, POOLS), 0.0, POOLS)
+    assert {(a.instance_id, a.pool) for a in steps(swapped, Reassign)} == {("a", "LL"), ("b", "SM")}
+    given_up = diff(plan(group(LL, 2, 1), group(LL, 4, 1)), cluster(rows, POOLS), 0.0, POOLS)
+    assert [(a.instance_id, a.pool) for a in steps(given_up, Reassign)] == [("a", "LL")]
+
+
 def test_no_more_instances_make_room_than_must():
     """All of a node's at once would leave nobody to serve while their successors start."""
     rows = [{"id": f"i{j}", "pool": LL, "tp": 4, "node": 0} for j in range(2)]
