@@ -76,7 +76,7 @@ def test_a_gateway_is_started_and_ended(folder):
         assert sorted(gateway.engines) == ["ll-1", "ll-2"]
         assert {instance["state"] for instance in gateway.status()["instances"]} == {"ready"}
         assert gateway.counter("num_requests_running") == 0.0
-        seen = asyncio.run(closed_loop(gateway.url, 2, 1, (50, 4)))
+        seen = asyncio.run(closed_loop(list(gateway.engines.values()), 2, 1, (50, 4)))
         assert len(seen.ttft_s) == 2
     assert gateway.process.returncode == 0
 
@@ -90,14 +90,15 @@ def test_a_gateway_that_cannot_start_says_why(folder):
 def test_each_client_of_a_closed_loop_warms_up_and_then_counts():
     async def scenario():
         async with ScriptedServer(good).running() as server:
-            probes = len(server.calls)
-            seen = await closed_loop(server.url, 3, 4, (40, 5))
-            return seen, [call.body for call in server.calls[probes:]]
+            async with ScriptedServer(good).running() as other:
+                seen = await closed_loop([server.url, other.url], 3, 4, (40, 5))
+                return seen, [call.body for call in server.calls], [call.body for call in other.calls]
 
-    seen, bodies = asyncio.run(scenario())
+    seen, bodies, others = asyncio.run(scenario())
     assert len(seen.ttft_s) == 12
     assert seen.output_tokens == 60
-    assert sum(body["max_tokens"] == 5 for body in bodies) == 15
+    assert sum(body["max_tokens"] == 5 for body in bodies) == 10  # two of the three clients
+    assert sum(body["max_tokens"] == 5 for body in others) == 5
 
 
 def test_a_replay_keeps_lengths_and_every_latency():
