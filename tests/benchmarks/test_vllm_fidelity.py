@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from scripted_server import ScriptedServer, good
-from test_prediction import STEP
+from test_predicted_instance import STEP
 
 from benchmarks.adapters import vllm_gateway
 from benchmarks.adapters.vllm_gateway import (
@@ -89,10 +89,9 @@ def test_a_gateway_that_cannot_start_says_why(folder):
 
 def test_each_client_of_a_closed_loop_warms_up_and_then_counts():
     async def scenario():
-        async with ScriptedServer(good).running() as server:
-            async with ScriptedServer(good).running() as other:
-                seen = await closed_loop([server.url, other.url], 3, 4, (40, 5))
-                return seen, [call.body for call in server.calls], [call.body for call in other.calls]
+        async with ScriptedServer(good).running() as server, ScriptedServer(good).running() as other:
+            seen = await closed_loop([server.url, other.url], 3, 4, (40, 5))
+            return seen, [call.body for call in server.calls], [call.body for call in other.calls]
 
     seen, bodies, others = asyncio.run(scenario())
     assert len(seen.ttft_s) == 12
