@@ -17,7 +17,7 @@ from solver.control import BoolArray, FloatArray, IntArray
 from solver.rows import LinearProgram
 
 COUPLING_ROWS = frozenset({"nodes", "power", "switched"})
-_PART_GAP = 0.9  # share of the allowed gap that each part may take; the rest is for the coupling
+_PART_GAP = 0.5  # share of the allowed gap that each part may take; the rest is for the coupling: nodes are whole
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,6 +16,7 @@ from solver.problem import PlanProblem, PlanSolution, Shapes, SolveStatus
 from solver.rows import LinearProgram
 
 _INFEASIBLE = 2  # scipy.optimize.milp's status
+_SMALL = 400  # columns; up to here presolving takes longer than it saves (a third at P99, benchmarks/solver_scaling.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,11 @@ def run(program: LinearProgram, limits: SolveLimits) -> OptimizeResult:
         integrality=program.integrality,
         bounds=Bounds(program.lower, program.upper),
         constraints=LinearConstraint(program.matrix, program.row_lower, program.row_upper),
-        options={"mip_rel_gap": limits.gap, "node_limit": limits.branch_nodes},
+        options={
+            "mip_rel_gap": limits.gap,
+            "node_limit": limits.branch_nodes,
+            "presolve": len(program.cost) > _SMALL,
+        },
     )
 
 
