@@ -158,8 +158,16 @@ def test_scale_freq_moves_clocks_and_nothing_else():
 
 def test_scale_shard_keeps_the_gpus_of_each_pool():
     w = world("scale-shard", nodes=20).run(10.0 * MIX, 0.0)
-    before = w.gpus()
-    w.run(25.0 * MIX, 500.0)  # re-shards ordered at 360 s are over
+    before, given = w.gpus(), {name: w.controller.plan.gpus(name) for name in w.names}
+    assert sum(given.values()) == before
+    while w.now_s < 1200.0:
+        w.step(25.0 * MIX)
+        assert {name: w.controller.plan.gpus(name) for name in w.names} == given
+        under_way = any(row["state"] is InstanceState.STARTING for row in w.rows.values())
+        changed = any(isinstance(a, (ScaleOut, ScaleIn, Reshard)) for a in w.log[-1][1].actions)
+        # the new TP starts where GPUs are free before the old one goes: more, but only while that lasts
+        assert w.gpus() == before or under_way or changed
+    assert w.actions(ScaleOut)
     assert w.gpus() == before
 
 
