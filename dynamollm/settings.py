@@ -109,21 +109,42 @@ class RaySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class KubernetesSettings:
+    """A Kubernetes cluster to run engines on as pods; their command line is made of ``driver.vllm``, as elsewhere.
+
+    ``nodes`` are the cluster's nodes, by their names there.
+    """
+
+    deployment: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?$")] = "dynamollm"  # in names, labels
+    namespace: Annotated[str, Field(min_length=1)] = "default"
+    context: str | None = None  # of the kubeconfig; inside a pod, its service account is used
+    image: str = "vllm/vllm-openai:latest"
+    engine: Literal["vllm", "emulated"] = "vllm"  # emulated: our own image, pods without GPUs
+    gpu_resource: str = "nvidia.com/gpu"  # what the device plugin calls a GPU
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    grace_s: Annotated[int, Field(ge=1, le=3600)] = 60  # a pod's, from SIGTERM to SIGKILL
+    service_account: str | None = None  # of the engines' pods
+    mode: Literal["scale", "metrics"] = "scale"  # metrics: desired replicas are only told, and an HPA or KEDA scales
+    leave_running: bool = True  # pods outlive this process, and the next one takes them over
+
+
+@dataclass(frozen=True, slots=True)
 class DriverSettings:
     """What starts instances.
 
     ``emulator`` needs neither GPU nor vLLM; ``vllm`` starts real servers on this machine's GPUs; ``vllm-emulated``
-    starts real servers whose steps last as long as on the GPUs that ``nodes`` names; ``ray`` starts them on the nodes
-    of a cluster; ``attach`` routes to servers somebody else started.
+    starts real servers whose steps last as long as on the GPUs that ``nodes`` names; ``ray`` and ``kubernetes``
+    start them on the nodes of a cluster; ``attach`` routes to servers somebody else started.
     """
 
-    kind: Literal["emulator", "vllm", "vllm-emulated", "ray", "attach"] = "emulator"
+    kind: Literal["emulator", "vllm", "vllm-emulated", "ray", "kubernetes", "attach"] = "emulator"
     startup_s: Annotated[float, Field(ge=0, le=3600)] = 2.0  # emulator: time an instance takes to load its weights
     processes: Annotated[int, Field(ge=1, le=64)] = 1  # emulator: processes that share the instances
     emulators: dict[str, str] = field(default_factory=dict)  # emulator: node -> control URL of one that runs already
     urls: dict[str, tuple[str, ...]] = field(default_factory=dict)  # attach: pool name -> base URLs
     vllm: VllmSettings = field(default_factory=VllmSettings)
     ray: RaySettings = field(default_factory=RaySettings)
+    kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
     seed: int = 0
 
 
@@ -308,6 +329,8 @@ def _check_driver(settings: Settings) -> list[str]:
             problems = _check_vllm(settings)
         case "ray":
             problems = _check_agents(settings)
+        case "kubernetes":
+            problems = _check_kubernetes(settings)
         case _:
             problems = _check_emulators(settings)
     if settings.driver.urls:
@@ -353,6 +376,13 @@ def _check_agents(settings: Settings) -> list[str]:
         for name, address in agents.items()
         if not address.startswith(("unix:", "http://"))
     ]
+
+
+def _check_kubernetes(settings: Settings) -> list[str]:
+    problems = []
+    if settings.driver.vllm.agents:
+        problems.append("driver.vllm.agents: on Kubernetes the agents find their orders on the pods; leave it empty")
+    return problems
 
 
 def _check_attached(settings: Settings) -> list[str]:

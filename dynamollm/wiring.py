@@ -21,6 +21,7 @@ from dynamollm.controller_recipe import controller_recipe
 from dynamollm.counterfactual import AsyncShadows, Counterfactual
 from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
+from dynamollm.kubernetes_wiring import build_kubernetes_driver, desired_replicas
 from dynamollm.learning import GatewayLengths, GatewayTokens
 from dynamollm.metering import DriverMeter, GpuMeter, HeldGpus, Metering
 from dynamollm.observation import Observer
@@ -121,6 +122,7 @@ def build(
         ControlMetrics(control, operations),
         ProcessCollector(registry=None),
         SavingsMetrics(counterfactual),
+        *desired_replicas(settings, driver),
     ):
         metrics.registry.register(collector)
     arrived = counterfactual.on_arrival if counterfactual else nobody
@@ -269,6 +271,8 @@ def build_driver(settings: Settings) -> InstanceDriver:
     match driver.kind:
         case "attach":
             return AttachDriver(driver.urls)
+        case "kubernetes":
+            return build_kubernetes_driver(settings)
         case "ray":
             return build_ray_driver(settings)
         case "vllm":

@@ -15,6 +15,7 @@ from dynamollm.settings import (
     ControllerSettings,
     DriverSettings,
     EnergySettings,
+    KubernetesSettings,
     RaySettings,
     RoutingSettings,
     Settings,
@@ -151,12 +152,26 @@ def test_an_application_without_meters_promises_no_energy():
     assert application.services.energy_j is None
 
 
-def test_a_driver_whose_extra_is_missing_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    for name in [name for name in sys.modules if name.startswith("pools.drivers.ray")]:
+@pytest.mark.parametrize("kind", ["ray", "kubernetes"])
+def test_a_driver_whose_extra_is_missing_says_what_to_install(monkeypatch, kind):
+    for name in (kind, f"{kind}.aio"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.startswith(f"pools.drivers.{kind}")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UserError, match=r"driver.kind: .*dynamollm\[ray\]"):
-        wiring.build_driver(settings_with(driver=DriverSettings("ray")))
+    with pytest.raises(UserError, match=rf"driver.kind: .*dynamollm\[{kind}\]"):
+        wiring.build_driver(settings_with(driver=DriverSettings(kind)))
+
+
+def test_the_kubernetes_driver_and_its_replicas_are_put_together_without_a_cluster():
+    pytest.importorskip("kubernetes")
+    from pools.drivers.kubernetes import KubernetesDriver
+
+    for kubernetes in (KubernetesSettings(), KubernetesSettings(engine="emulated", mode="metrics")):
+        told = settings_with(driver=DriverSettings("kubernetes", kubernetes=kubernetes), controller=STATIC)
+        application = wiring.build(told, clock=lambda: 5.0)
+        assert isinstance(application.runner._driver, KubernetesDriver)
+        assert application.metering is None
+        assert application.services.metrics.registry.get_sample_value("wva_desired_replicas") is None
 
 
 def test_the_ray_driver_is_put_together_without_a_cluster():

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 from ray_examples import ray_driver
@@ -44,6 +45,17 @@ DRIVERS: dict[str, Callable[[], InstanceDriver]] = {
 CLUSTERS = {"ray": "ray_cluster"}  # fixtures that must be there first
 
 
+@asynccontextmanager
+async def opened(name: str) -> AsyncIterator[InstanceDriver]:
+    if name == "kubernetes":
+        from kubernetes_examples import kubernetes_cluster, kubernetes_driver  # skips where its extra is not installed
+
+        async with kubernetes_cluster() as cluster:
+            yield kubernetes_driver(cluster)
+    else:
+        yield DRIVERS[name]()
+
+
 def spec(
     instance_id: str = "i-0", first: int = 0, tp: int = 2, node: str = "node-0", clock: int = 1980
 ) -> InstanceSpec:
@@ -61,19 +73,19 @@ async def until(events: AsyncIterator[InstanceEvent], state: InstanceState, inst
 Scenario = Callable[[InstanceDriver, AsyncIterator[InstanceEvent]], Awaitable[None]]
 
 
-@pytest.fixture(params=list(DRIVERS))
+@pytest.fixture(params=[*DRIVERS, "kubernetes"])
 def run(request) -> Callable[[Scenario], None]:
     """Play one scenario against a fresh driver, and close it whatever happens."""
     if request.param in CLUSTERS:
         request.getfixturevalue(CLUSTERS[request.param])
 
     async def play(scenario: Scenario) -> None:
-        driver = DRIVERS[request.param]()
-        try:
-            async with asyncio.timeout(WITHIN_S):
-                await scenario(driver, driver.events())
-        finally:
-            await driver.close()
+        async with opened(request.param) as driver:
+            try:
+                async with asyncio.timeout(WITHIN_S):
+                    await scenario(driver, driver.events())
+            finally:
+                await driver.close()
 
     return lambda scenario: asyncio.run(play(scenario))
 
