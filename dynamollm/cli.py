@@ -10,6 +10,7 @@ from importlib.metadata import version
 import click
 
 from dynamollm.errors import UserError
+from dynamollm.names import closest
 
 # name -> one-line help; listed here so that `dynamollm --help` imports no subcommand
 COMMANDS: dict[str, str] = {
@@ -45,6 +46,14 @@ class LazyGroup(click.Group):
         if not isinstance(command, click.Command):
             raise TypeError(f"dynamollm.commands.{cmd_name}.command is not a click command")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, and of an unknown name it tells the nearest known one."""
+        if args[0] not in COMMANDS and (near := closest(args[0], tuple(COMMANDS))):
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the table without importing anything."""

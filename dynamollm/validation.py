@@ -5,7 +5,6 @@ where a name or a unit is close to one that exists, what was probably meant. It 
 """
 
 import dataclasses
-import difflib
 import json
 import re
 import types
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from dynamollm.errors import UserError
+from dynamollm.names import closest
 
 T = TypeVar("T")
 
@@ -78,12 +78,6 @@ def field_names(tree: Any, location: Sequence[int | str]) -> tuple[str, ...]:
     """Keys that exist at ``location`` of a dataclass tree; empty where there is no dataclass."""
     found = list(_dataclasses_at(tree, location))
     return tuple(field.name for kind in found for field in dataclasses.fields(kind))
-
-
-def closest(name: str, known: Sequence[str]) -> str | None:
-    """Return the known name most like ``name``, if any is like it at all."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return matches[0] if matches else None
 
 
 def convert_unit(key: str, value: Any, known: Sequence[str]) -> tuple[str, float] | None:

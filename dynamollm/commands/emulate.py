@@ -49,8 +49,14 @@ def place(instances: int, tp: int) -> list[tuple[str, tuple[int, ...]]]:
 @click.option("--control-port", default=0, help="Port of the control endpoint.  [default: any]")
 @click.option("--sm-clock", type=click.IntRange(100, 5000), help="SM clock in MHz.  [default: the maximum]")
 @click.option("--tokenizer", "tokenizer_file", type=click.Path(exists=True, dir_okay=False), help="A tokenizer.json.")
-@click.option("--max-model-len", default=131_072, show_default=True, type=click.IntRange(1))
-@click.option("--max-num-seqs", default=DEFAULT_LIMITS.max_num_seqs, show_default=True, type=click.IntRange(1))
+@click.option("--max-model-len", default=131_072, show_default=True, type=click.IntRange(1), help="Tokens of context.")
+@click.option(
+    "--max-num-seqs",
+    default=DEFAULT_LIMITS.max_num_seqs,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Sequences of a batch.",
+)
 @click.option("--max-num-queued-reqs", type=click.IntRange(0), help="Answer 503 beyond so many requests.")
 @click.option("--startup-s", default=0.0, show_default=True, help="Time an instance takes to load.")
 @click.option("--shutdown-timeout", default=0.0, show_default=True, help="Seconds for running requests on Ctrl-C.")

@@ -51,7 +51,7 @@ def _list(name: str, default: str, text: str) -> Callable[[_Command], _Command]:
 @click.option("--gpu", required=True, help="Its GPU, as H100-SXM; names of your own are fitted without figures.")
 @click.option("--model", help="The model's name in the CSV.  [default: as the server lists it]")
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(1, 16), help="GPUs of the server.")
-@click.option("--precision", default="bf16", show_default=True)
+@click.option("--precision", default="bf16", show_default=True, help="Of the weights, as noted in the CSV.")
 @click.option(
     "--lengths",
     default="128+128,512+128,2048+128,512+512",

@@ -62,7 +62,13 @@ H100_USD_PER_HOUR = 2.25  # on-demand price seen in December 2025; --gpu-price f
 )
 @click.option("--grid", type=click.Choice(sorted(GRIDS)), default="CISO", show_default=True, help="For CO2.")
 @click.option("--gpu-price", type=POSITIVE, default=H100_USD_PER_HOUR, show_default=True, help="USD per GPU-hour.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("simulations"), show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("simulations"),
+    show_default=True,
+    help="Folder of the results and plots.",
+)
 @click.option("--plot", is_flag=True, help="Also draw power, GPUs and clocks over time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def command(
