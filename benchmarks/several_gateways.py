@@ -2,9 +2,9 @@
 
 In virtual time: the product's routers, one for each gateway, over the engine model; requests reach a random gateway,
 and gateways hear of each other's load as ``dynamollm.replica`` has them do, every so often. Beside it, one gateway
-that sees all, gateways that hear nothing, and gateways that look at two instances drawn at random (power of two
-choices). All see the same requests, and know how long their answers will be: nothing differs but what is known of the
-others. The table in docs/scaling.md is this command's.
+that sees all, gateways that hear nothing, that expect nothing of the others between two reports, and that look at two
+instances drawn at random (power of two choices). All see the same requests, and know how long their answers will be:
+nothing differs but what is known of the others. The table in docs/scaling.md is this command's.
 
     python -m benchmarks.several_gateways [--gateways 4] [--rate 20] [--instances 16] [--json FILE]
 """
@@ -45,6 +45,7 @@ class Mode:
     name: str
     gateways: int
     hear_s: float | None  # None: never
+    expect: bool = True  # that the others send where this one does, until they are heard again
     choices: int = 0  # instances looked at first, drawn at random; 0: all
 
 
@@ -208,7 +209,8 @@ class World:
     def _hear(self, now_s: float) -> None:
         own = [router.fleet.own() for router in self.routers]
         for k, router in enumerate(self.routers):
-            router.hear(together(own[:k] + own[k + 1 :]), now_s)
+            expected = len(own) - 1 if self.mode.expect else 0
+            router.hear(together(own[:k] + own[k + 1 :]), now_s, expected)
 
     def _sample(self) -> None:
         on = np.array([engine.running + engine.waiting for engine in self.engines], dtype=np.float64)
@@ -242,11 +244,12 @@ def modes(gateways: int) -> list[Mode]:
     """One that sees all, and several that see less and less."""
     return [
         Mode("one gateway, sees all", 1, None),
-        Mode("hear each other", gateways, 0.05),
-        Mode("hear each other", gateways, 0.25),
-        Mode("hear each other", gateways, 1.0),
+        Mode("hear and expect", gateways, 0.05),
+        Mode("hear and expect", gateways, 0.25),
+        Mode("hear and expect", gateways, 1.0),
+        Mode("hear", gateways, 0.25, expect=False),
+        Mode("hear, two choices", gateways, 0.25, expect=False, choices=2),
         Mode("hear nothing", gateways, None),
-        Mode("two choices", gateways, 0.25, choices=2),
     ]
 
 

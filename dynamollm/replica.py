@@ -169,7 +169,7 @@ class Replica:
     def _hear(self, others: dict[str, GatewayReport]) -> None:
         now_s = self._clock()
         self.peers = len(others)
-        self._router.hear(together(report.loads for report in others.values()), now_s)
+        self._router.hear(together(report.loads for report in others.values()), now_s, len(others))
         if self._limit is not None:
             self._limit.hear(((report.minute, report.tenants) for report in others.values()), now_s)
 

@@ -129,6 +129,7 @@ class Fleet:
         self._kinds: dict[Kind, int] = {}
         self.unsettled: set[int] = set()  # instances whose load has changed since it was settled
         self._asleep: set[str] = set()
+        self._expected = 0  # gateways that are expected to send where this one does
 
     def update(self, view: ClusterView) -> None:
         """Take over a new view; what is in flight on instances that stay is kept. What did not change costs little."""
@@ -272,8 +273,13 @@ class Fleet:
                 )
         return own
 
-    def hear(self, peers: Mapping[str, PeerLoad], now_s: float) -> None:
-        """Let what all other gateways together have on each instance stand beside our own, instead of the last word."""
+    def hear(self, peers: Mapping[str, PeerLoad], now_s: float, gateways: int = 0) -> None:
+        """Let what all other gateways together have on each instance stand beside our own, instead of the last word.
+
+        So many ``gateways`` see what we see, and get requests like ours: until they are heard again, each of them is
+        expected to send where we send.
+        """
+        self._expected = gateways
         self.settle()
         for instance_id, i in self.index.items():
             known, new = self._known[instance_id], peers.get(instance_id, NOTHING)
@@ -300,7 +306,27 @@ class Fleet:
             capacity_tokens = self.views[i].limits.kv_capacity_tokens
             self.prefixes.add(answer.instance_id, request.prefix.blocks, capacity_tokens)
         self.flights[request.id] = Flight(request, answer.instance_id, tbt_s, load.prefill_done_s[i])
+        if self._expected:
+            self._expect(i, request, now_s, tbt_s)
         return answer
+
+    def _expect(self, i: int, request: Request, now_s: float, tbt_s: float) -> None:
+        """Count what the other gateways are expected to send beside this request."""
+        known, each = self._known[self.assigned[i].instance_id], self._expected
+        input_tokens, output_tokens = request.input_tokens, request.output_tokens
+        by = [
+            float(each),
+            each * input_tokens,
+            each * (input_tokens + 0.5 * output_tokens),
+            each * (input_tokens + output_tokens),
+            each * input_tokens / max(output_tokens, 1.0),
+        ]
+        limit_s = min(known.peers.tbt_limit_s, tbt_s)
+        known.peers = PeerLoad(*(a + b for a, b in zip(known.peers, (*by, 0.0), strict=True)))._replace(
+            tbt_limit_s=limit_s
+        )
+        scoring.change(self.load, i, now_s, by)
+        self.unsettled.add(i)
 
     def started(self, flight: Flight, now_s: float) -> None:
         """Count its first token, once."""

@@ -365,9 +365,12 @@ class Router:
         """What is counted for each instance."""
         return self.fleet.counts()
 
-    def hear(self, peers: Mapping[str, PeerLoad], now_s: float) -> None:
-        """Take in what all other gateways together have on each instance; it stands until they are heard again."""
-        self.fleet.hear(peers, now_s)
+    def hear(self, peers: Mapping[str, PeerLoad], now_s: float, gateways: int = 0) -> None:
+        """Take in what all other gateways together have on each instance; it stands until they are heard again.
+
+        ``gateways``: how many of them are expected to send, meanwhile, where this one does.
+        """
+        self.fleet.hear(peers, now_s, gateways)
 
     def in_flight(self, instance_id: str) -> int:
         """Requests sent to an instance that have not ended."""

@@ -59,5 +59,5 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path):
     arguments = ["--rate", "10", "--duration", "2", "--instances", "4", "--gateways", "2", "--json", str(file)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert result.output.count("| 10 | 2 |") == 5
-    assert len(json.loads(file.read_text())) == 6
+    assert result.output.count("| 10 | 2 |") == 6
+    assert len(json.loads(file.read_text())) == 7

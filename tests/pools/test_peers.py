@@ -82,6 +82,25 @@ def test_what_peers_had_leaves_nothing_behind(requests, heard):
     assert gateway.fleet.load.tbt_limit_s == [UNPROMISED_S] * 3
 
 
+def test_until_they_are_heard_again_the_others_are_expected_to_send_where_we_do():
+    gateway = router(1)
+    gateway.hear({"LL-0": PeerLoad(4.0, tbt_limit_s=0.1)}, 0.0, gateways=3)
+    for n in range(2):
+        assert isinstance(gateway.route(request(f"r{n}", input_tokens=100, output_tokens=50.0), 0.0), Assigned)
+    load = gateway.fleet.load
+    assert load.in_flight == [2.0 + 4.0 + 6.0]
+    assert load.pending_tokens == [2 * 4 * 100.0]
+    assert gateway.fleet.own() == {"LL-0": PeerLoad(2.0, 200.0, 250.0, 300.0, 4.0, 0.1)}
+    assert gateway.in_flight("LL-0") == 2
+    gateway.hear({"LL-0": PeerLoad(5.0, tbt_limit_s=0.1)}, 0.25, gateways=3)  # they sent less than expected
+    assert load.in_flight == [7.0]
+    assert load.pending_tokens == [200.0]
+    for n in range(2):
+        gateway.on_finished(f"r{n}", 50, 1.0)
+    gateway.hear({}, 2.0)
+    assert load.in_flight == [0.0]
+
+
 def test_a_request_goes_where_the_others_are_not():
     gateway = router(2)
     gateway.hear({"LL-0": PeerLoad(250.0, 60_000.0, 300_000.0, 390_000.0, 20.0, 0.1)}, 0.0)
