@@ -15,17 +15,20 @@ from fastapi import APIRouter, Response
 from dynamollm.commanding import Commanding
 from dynamollm.control_loop import TickRecord
 from dynamollm.counterfactual import Counterfactual
+from dynamollm.errors import UserError
 from dynamollm.operations import OperationRecord
 from energy.dcgm import dcgm_text
+from proxy.errors import ApiError
 from solver.control import Action, Observation, Reshard, Route
 
 Json = dict[str, object]
 
 
-def admin_routes(in_command: Callable[[], Commanding]) -> APIRouter:
+def admin_routes(in_command: Callable[[], Commanding], reload: Callable[[], list[str]] | None = None) -> APIRouter:
     """The routes; ``proxy.app`` puts them under ``/admin``, behind the API keys.
 
-    ``in_command`` tells who commands now; it may raise ``ApiError`` where nobody here does.
+    ``in_command`` tells who commands now; it may raise ``ApiError`` where nobody here does. ``reload`` follows the
+    configuration as it is now and says what has changed; None: not while it runs.
     """
     routes = APIRouter()
 
@@ -59,6 +62,16 @@ def admin_routes(in_command: Callable[[], Commanding]) -> APIRouter:
         metering = in_command().metering
         return Response(dcgm_text(metering.readings() if metering else ()), media_type="text/plain; version=0.0.4")
 
+    if reload is not None:
+
+        @routes.post("/reload")
+        async def follow() -> Json:
+            """Read the configuration anew: another policy, other settings of the controller, other profiles."""
+            try:
+                return {"changed": reload()}
+            except UserError as error:
+                raise ApiError(409, str(error), "configuration_refused") from None
+
     return routes
 
 
@@ -82,7 +95,7 @@ def describe_cluster(application: Commanding) -> Json:
     ]
     placement = deployment.placement
     return {
-        "policy": application.settings.controller.policy,
+        "policy": deployment.settings.controller.policy,
         "pools": [{"name": p.name, "model": p.model, "class": p.request_class} for p in deployment.settings.pools],
         "instances": instances,
         "gpus": deployment.gpus,

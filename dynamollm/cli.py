@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "controller": "Command the cluster of several gateways, or stand by to do so.",
     "status": "Show pools, instances, clocks, load and power of a running gateway.",
     "explain": "Show what the controller of a running gateway decided, and why.",
+    "reload": "Have a running gateway follow its configuration file as it is now.",
     "config": "Show, check or describe the configuration.",
     "replay": "Replay a request trace against an endpoint and report latency, SLOs and energy.",
     "simulate": "Run policies over a trace in virtual time and compare energy, cost and SLOs.",

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -96,27 +97,51 @@ class ControlLoop:
         self._apply = apply
         self._clock = clock
         self._first_look_s = first_look_s
+        self._switched = asyncio.Event()
 
     async def run(self) -> None:
         """Tick until cancelled."""
         self._observe(self._clock())  # what is counted begins now: before, the cluster was coming up
         await asyncio.sleep(self._first_look_s)
         while True:
+            controller = self._controller
+            self._switched.clear()
             try:
-                await self._tick_on()
+                await self._tick_on(controller)
+                await controller.close()
             except ControllerLostError as error:
                 log.warning("the controller was lost (%s); starting it again", error)
                 await asyncio.sleep(RESTART_S)
 
-    async def _tick_on(self) -> None:
-        tick = await self._controller.first_tick(self._clock())
+    def switch(self, controller: AsyncController) -> None:
+        """Let another controller decide from now on; what the present one still answers is dropped."""
+        self._controller = controller
+        self._switched.set()
+
+    async def close(self) -> None:
+        """Close the controller."""
+        await self._controller.close()
+
+    async def _sleep_until(self, at_s: float) -> None:
+        """Wait for a moment, or for another controller."""
+        if (left_s := at_s - self._clock()) > 0.0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._switched.wait()
+
+    async def _tick_on(self, controller: AsyncController) -> None:
+        tick = await controller.first_tick(self._clock())
         while True:
-            await asyncio.sleep(max(tick.at_s - self._clock(), 0.0))
+            await self._sleep_until(tick.at_s)
             while not self._in_command():  # noqa: ASYNC110 - a lease runs out by itself: nobody could set an event
                 await asyncio.sleep(HELD_S)
+            if self._switched.is_set():
+                return
             now_s = self._clock()
             self.observation = self._observe(now_s)
-            effects = await self._controller.on_tick(tick, self.observation)
+            effects = await controller.on_tick(tick, self.observation)
+            if self._switched.is_set():
+                return
             self._note(TickRecord(now_s, self._clock() - now_s, effects.actions, effects.diagnostics))
             if self._in_command():
                 self._apply(effects.actions)

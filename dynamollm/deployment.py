@@ -99,6 +99,13 @@ class Deployment:
             if name not in self._adopted:
                 return name
 
+    def reconfigure(self, settings: Settings, profiles: Mapping[str, EnergyProfile]) -> None:
+        """Go on under another configuration of the same models, nodes and pools; views are priced anew."""
+        self.settings = settings
+        self.profiles = profiles
+        self._views.clear()
+        self._version += 1
+
     # --- what is reported ------------------------------------------------------------------------------------------
 
     def put(self, instance: Instance) -> None:

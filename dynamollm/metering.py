@@ -119,7 +119,7 @@ class HeldGpus:
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
-        self._steps: dict[tuple[str, int, int], StepCoefficients] = {}
+        self._steps: dict[tuple[str, str, int, int], StepCoefficients] = {}
         self._unheld = {
             (name, index): MeteredInstance(name, "", "", node.gpu, node.gpus, Use.IDLE, 0.0)
             for node in deployment.settings.nodes
@@ -150,7 +150,7 @@ class HeldGpus:
         )
 
     def _step(self, profile: EnergyProfile, instance: Instance) -> StepCoefficients:
-        key = instance.shape.model, instance.shape.tp, instance.sm_clock_mhz
+        key = profile.name, instance.shape.model, instance.shape.tp, instance.sm_clock_mhz
         if key not in self._steps:
             self._steps[key] = profile.step(instance.shape.tp, instance.sm_clock_mhz)
         return self._steps[key]

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +23,13 @@ from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
 from dynamollm.kubernetes_wiring import build_kubernetes_driver, desired_replicas
 from dynamollm.learning import GatewayLengths, GatewayTokens
+from dynamollm.load_history import LoadHistory
 from dynamollm.metering import DriverMeter, GpuMeter, HeldGpus, Metering
 from dynamollm.observation import Observer
 from dynamollm.operations import Operations
 from dynamollm.persistence import Persistence
 from dynamollm.ray_wiring import build_ray_driver
+from dynamollm.reload import Reload
 from dynamollm.runner import Runner
 from dynamollm.settings import EnergySettings, LimitSettings, Settings, StoreSettings
 from dynamollm.shadow_wiring import build_shadows
@@ -58,6 +60,7 @@ from proxy.outcome import Outcome
 from proxy.services import Directory, GatewayServices
 from proxy.services import Router as RoutingRouter
 from proxy.settings import Deadlines, Limits, ProxySettings
+from solver.control import Demand, Observation
 
 DEFAULT_REGION = "us-west2"  # California, the grid of the paper's carbon figures
 
@@ -73,13 +76,14 @@ class Application:
     probe: HttpEngineProbe
     operations: Operations
     control: ControlLoop
-    controller: AsyncController
     router: Router
     ledger: EnergyLedger
     metering: Metering | None  # None: nobody tells what the GPUs draw
     persistence: Persistence
     counterfactual: Counterfactual | None  # None: nothing to compare with
     clock: Callable[[], float]
+    history: LoadHistory
+    unix_offset_s: float
 
 
 def build(
@@ -115,7 +119,15 @@ def build(
         build_store(settings.store), {"tokens": estimator, "lengths": predictor, "ledger": ledger}
     )
     metrics = GatewayMetrics()
-    control = ControlLoop(controller, observer.observe, operations.apply, clock)
+    history, offset_s = LoadHistory(), unix_offset_s()
+
+    def observe(now_s: float) -> Observation:
+        observation = observer.observe(now_s)
+        history.add(now_s + offset_s, observation.demand)
+        history.forget_unwritten()  # it is kept here alone
+        return observation
+
+    control = ControlLoop(controller, observe, operations.apply, clock)
     for collector in (
         LedgerMetrics(ledger),
         FleetMetrics(deployment, router.in_flight),
@@ -144,13 +156,14 @@ def build(
         probe=probe,
         operations=operations,
         control=control,
-        controller=controller,
         router=router,
         ledger=ledger,
         metering=metering,
         persistence=persistence,
         counterfactual=counterfactual,
         clock=clock,
+        history=history,
+        unix_offset_s=offset_s,
     )
 
 
@@ -228,11 +241,32 @@ def build_carbon(energy: EnergySettings) -> CarbonIntensity:
         raise UserError(f"energy.carbon_region: {error}") from None
 
 
-def build_controller(settings: Settings) -> AsyncController:
-    """Who decides."""
+def build_controller(
+    settings: Settings, first_epoch: int = 1, past: tuple[tuple[float, Demand], ...] = ()
+) -> AsyncController:
+    """Who decides; ``past``: demand seen before, and when."""
     if settings.controller.policy == "static":
         return StaticController()
-    return ControllerProcess(controller_recipe(settings))
+    return ControllerProcess(replace(controller_recipe(settings), past=past), first_epoch)
+
+
+def build_reload(application: Application, read: Callable[[], Settings]) -> Reload:
+    """What follows another configuration while the application runs."""
+
+    def controller_of(settings: Settings, epoch: int) -> AsyncController:
+        offset_s = application.unix_offset_s
+        past = tuple((window.until_unix_s - offset_s, window.demand) for window in application.history.windows)
+        return build_controller(settings, epoch, past)
+
+    return Reload(
+        read,
+        load_profiles,
+        controller_of,
+        application.deployment,
+        application.runner.publish,
+        application.operations,
+        application.control,
+    )
 
 
 def load_profiles(settings: Settings) -> dict[str, EnergyProfile]:

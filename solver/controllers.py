@@ -382,7 +382,7 @@ class PlanningController:
                         instance_id=views.ids[i],
                         sm_clock_mhz=int(clock[i]),
                         deadline_s=now_s + self._settings.diff.quick_deadline_s,
-                        plan=self.plan.stamp if self.plan else (0, 0),
+                        plan=self.plan.stamp if self.plan else (self._epoch, 0),
                         why=why,
                     )
                 )

@@ -22,8 +22,9 @@ from dynamollm.commands.config import config_option
 from dynamollm.commands.serve_roles import Roles, serve_roles
 from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
+from dynamollm.reload import Reload
 from dynamollm.settings import Settings
-from dynamollm.wiring import Application, build
+from dynamollm.wiring import Application, build, build_reload
 from proxy.serve import calm_collector, gateway_config, listen
 
 
@@ -55,10 +56,15 @@ def command(
     Without --config it brings up nine typed pools of emulated vLLM instances on this machine. One process does it all,
     unless there are more workers or the store is Redis: then gateways and a controller are processes of their own.
     """
-    settings = load(config_file, os.environ, engine)
+
+    def read() -> Settings:
+        settings = load(config_file, os.environ, engine)
+        place = settings.server
+        place = dataclasses.replace(place, host=host or place.host, port=place.port if port is None else port)
+        return dataclasses.replace(settings, server=place)
+
+    settings = read()
     place = settings.server
-    place = dataclasses.replace(place, host=host or place.host, port=place.port if port is None else port)
-    settings = dataclasses.replace(settings, server=place)
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
     )
@@ -68,6 +74,7 @@ def command(
         asyncio.run(serve_roles(roles))
         return
     application = build(settings)
+    reload = build_reload(application, read)
     try:
         listener = listen(place.host, place.port)
     except OSError as error:
@@ -77,9 +84,9 @@ def command(
     with contextlib.suppress(KeyboardInterrupt), listener:
         url = "http://{}:{}".format(*listener.getsockname()[:2])
         server = GatewayServer(
-            gateway_config(application.services, place.shutdown_grace_s, admin_routes(lambda: application))
+            gateway_config(application.services, place.shutdown_grace_s, admin_routes(lambda: application, reload))
         )
-        uvloop.run(_serve(application, server, [listener], url))
+        uvloop.run(_serve(application, server, [listener], url, reload))
 
 
 class GatewayServer(uvicorn.Server):
@@ -98,9 +105,12 @@ class GatewayServer(uvicorn.Server):
         self.should_exit = True
 
 
-async def _serve(application: Application, server: uvicorn.Server, sockets: list[socket.socket], url: str) -> None:
+async def _serve(
+    application: Application, server: uvicorn.Server, sockets: list[socket.socket], url: str, reload: Reload
+) -> None:
     """Run the cluster beside the server; when either ends, end the other."""
     console = Console(stderr=True)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, reload, console)
     console.print(f"dynamollm: starting {_planned(application.settings)} ...")
     cluster = asyncio.create_task(_run_cluster(application))
     greeting = asyncio.create_task(_greet(application, console, url))
@@ -115,6 +125,14 @@ async def _serve(application: Application, server: uvicorn.Server, sockets: list
     for result in results:
         if isinstance(result, Exception):
             raise result
+
+
+def _reload(reload: Reload, console: Console) -> None:
+    """SIGHUP: follow the configuration as it is now."""
+    try:
+        console.print(f"dynamollm: reloaded, changed: {', '.join(reload()) or 'nothing'}", highlight=False)
+    except UserError as error:
+        console.print(f"dynamollm: not reloaded: {error}", highlight=False)
 
 
 async def _run_cluster(application: Application) -> None:
@@ -132,7 +150,7 @@ async def _run_cluster(application: Application) -> None:
                 tasks.create_task(application.counterfactual.run())
     finally:
         await application.operations.close()
-        await application.controller.close()
+        await application.control.close()
 
 
 def _planned(settings: Settings) -> str:

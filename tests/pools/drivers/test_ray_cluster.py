@@ -103,7 +103,7 @@ async def running(told: Settings, controlled: bool = False) -> AsyncIterator[Wor
             task.cancel()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         await application.operations.close()
-        await application.controller.close()
+        await application.control.close()
         await application.probe.close()
         listener.close()
         assert not [outcome for outcome in outcomes if isinstance(outcome, Exception)]
