@@ -11,7 +11,9 @@ instances, classification, prediction, metering, probes and metrics.
 
 import json
 import os
+import platform
 import statistics
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,6 +183,17 @@ def plot(summaries: list[Summary], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def machine() -> dict[str, str | int | None]:
+    """What the figures were measured on."""
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cores": os.cpu_count(),
+        "cpu": models[0].partition(": ")[2] if models else platform.machine(),
+        "kernel": platform.release(),
+        "python": sys.version,  # ours; how it was built weighs in its figures
+    }
+
+
 def _median(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
@@ -220,7 +233,7 @@ def main(rounds: int, names: str, scenarios: str, json_file: Path | None, plot_f
     console.print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end")
     if json_file is not None:
         document = {
-            "cores": os.cpu_count(),
+            "machine": machine(),
             "load_average": os.getloadavg(),
             "summaries": [asdict(each) for each in summaries],
             "runs": [asdict(run) for run in runs],

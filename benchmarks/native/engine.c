@@ -5,6 +5,7 @@
 // One thread, epoll, HTTP/1.1 keep-alive; Linux. What it does is told in the request body, in fields that any gateway
 // passes on:
 //   "stream": true    answers with "max_tokens" events, "seed" microseconds apart; else with one JSON answer
+//                     (sglang-router writes the body anew and says "max_completion_tokens" instead)
 //   "include_usage"   true anywhere in the body: one more event with the usage
 // Every event carries the CLOCK_MONOTONIC nanoseconds at which it was sent ("s=..."), and the first of a stream those at
 // which the request was read ("r=..."): a load generator on the same machine can tell what lies between.
@@ -183,7 +184,7 @@ static void serve(Connection *c, const char *target, const char *body, size_t si
     answer(c, "application/json", text, n);
     return;
   }
-  c->events_left = number_after(body, size, "\"max_tokens\"", 16);
+  c->events_left = number_after(body, size, "\"max_completion_tokens\"", number_after(body, size, "\"max_tokens\"", 16));
   if (c->events_left < 1) c->events_left = 1;
   c->events_sent = 0;
   c->usage = is_true_after(body, size, "\"include_usage\"");

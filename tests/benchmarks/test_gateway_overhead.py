@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.adapters.gateway_processes import Running, built, engines, measure
-from benchmarks.gateway_overhead import SCENARIOS, Run, Scenario, plot, run_once, summarise, table
+from benchmarks.gateway_overhead import SCENARIOS, Run, Scenario, machine, plot, run_once, summarise, table
 
 RUN = Run("dynamollm", "plain-300", 0, 0, 0.04, None, None, 100.0)
 
@@ -43,6 +43,23 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def events_of(port, body):
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(body)
+        client.sendall(head + body)
+        answer = b""
+        while not answer.endswith(b"0\r\n\r\n"):
+            answer += client.recv(65536)
+    return answer.count(b";s=")
+
+
+def test_the_machine_is_named():
+    told = machine()
+    assert told["cores"] >= 1
+    assert told["cpu"]
+    assert told["python"] == sys.version
+
+
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler")
 def test_the_engine_serves_what_the_load_asks(tmp_path):
     port = free_port()
@@ -52,5 +69,7 @@ def test_the_engine_serves_what_the_load_asks(tmp_path):
             assert told["good"] == told["requests"] == scenario.requests
             assert ("ttft_us" in told) == (scenario.events > 0)
         assert told["event_age_us"]["n"] == 16 * 5
+        assert events_of(port, b'{"stream":true,"max_tokens":3}') == 3
+        assert events_of(port, b'{"max_completion_tokens":4,"stream":true}') == 4
         run = run_once(load, Running("direct", 1, port), replace(SCENARIOS[0], requests=64), 0)
         assert run.failed == 0
