@@ -16,6 +16,7 @@ from proxy.relay import Link, Relay, State
 from proxy.services import GatewayServices
 from proxy.upstream import ConnectionPool
 
+_CHECKED_A_TICK = 64  # connections whose deadlines are looked at, at least
 TICK_S = 0.05  # bounds how late a deadline is noticed, and how long a place stays unoffered
 
 
@@ -36,6 +37,7 @@ class Gateway:
         self._observers = services.observers
         self._address = services.directory.address
         self._connections: set[GatewayProtocol] = set()
+        self._unchecked: list[GatewayProtocol] = []  # of those, the ones whose deadlines are still to be looked at
         self._settling = False
         self._timer: asyncio.TimerHandle | None = None
         self.protocol: type[GatewayProtocol] = type("BoundGatewayProtocol", (GatewayProtocol,), {"gateway": self})
@@ -172,8 +174,7 @@ class Gateway:
     def tick(self, now_s: float) -> None:
         """Enforce deadlines, offer places to those waiting, close idle connections."""
         self.now_s = now_s
-        for connection in list(self._connections):
-            connection.check_deadlines(now_s)
+        self._check_some(now_s)
         for escalated in self.services.router.escalate(now_s):
             relay = self._relays.get(escalated.request.id)
             if relay is not None:
@@ -190,6 +191,16 @@ class Gateway:
         metrics.set_gauge("dynamollm_client_connections", "Open client connections", len(self._connections))
         metrics.set_gauge("dynamollm_upstream_connections", "Open instance connections", self._pool.open_connections)
         metrics.set_gauge("dynamollm_waiting_requests", "Requests waiting for an instance", self._waiting)
+
+    def _check_some(self, now_s: float) -> None:
+        """Look at a part of the connections, so that many do not hold up the loop: each comes about once a second."""
+        if not self._unchecked:
+            self._unchecked = list(self._connections)
+        count = max(_CHECKED_A_TICK, int(len(self._connections) * TICK_S))
+        some, self._unchecked = self._unchecked[:count], self._unchecked[count:]
+        for connection in some:
+            if connection in self._connections:
+                connection.check_deadlines(now_s)
 
     def _on_timer(self, due_s: float) -> None:
         now_s = self.services.clock()

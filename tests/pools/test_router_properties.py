@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from pool_examples import SLOW_STEP, STEP, cluster, request
 
+from energy.profile import step_time_s
+from pools import scoring
 from pools.classes import REQUEST_CLASSES, RequestClass, Slo
 from pools.escalation import EscalationLimits
 from pools.instances import InstanceState
@@ -14,7 +17,7 @@ from pools.outliers import EjectionLimits
 from pools.queue import QueueLimits
 from pools.request import Assigned, Queued, Rejected, RejectReason
 from pools.router import Router, RouterLimits
-from pools.scoring import UNPROMISED_S
+from pools.scoring import UNPROMISED_S, Load
 from pools.view import EngineLoad
 
 CLASSES = (RequestClass.SS, RequestClass.SM, RequestClass.MM, RequestClass.ML, RequestClass.LL)
@@ -157,6 +160,20 @@ class RouterMachine(RuleBasedStateMachine):
                 promised = [fleet.flights[r.id].promised_tbt_s for r in own]
                 assert all(p in (r.slo.tbt_s, UNPROMISED_S) for p, r in zip(promised, own, strict=True))
                 assert fleet.load.tbt_limit_s[i] == min(promised)
+
+    @invariant()
+    def what_is_settled_is_current(self):
+        fleet = self.router.fleet
+        fresh = Load(*(list(column) for column in fleet.load))
+        for i, v in enumerate(fleet.views):
+            step_s = scoring.decode_step_s(v.step, fresh.in_flight[i], fresh.context_tokens[i])
+            assert step_s == pytest.approx(
+                step_time_s(v.step, 0, 0, max(fresh.in_flight[i], 1), fresh.context_tokens[i])
+            )
+            scoring.settle(fleet.costs, fresh, i, step_s)
+            if i not in fleet.unsettled:
+                derived = [(name, column[i]) for name, column in zip(Load._fields[7:], fleet.load[7:], strict=True)]
+                assert derived == [(name, column[i]) for name, column in zip(Load._fields[7:], fresh[7:], strict=True)]
 
 
 RouterMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
