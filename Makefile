@@ -37,6 +37,11 @@ test-vllm: $(STAMP)  ## Test against real vLLM servers (installs a CPU build int
 
 check: lint types contracts test  ## Format, lint, types, import contracts and tests: what CI runs
 
+.PHONY: path-coverage
+path-coverage: $(STAMP)  ## Check that the tests take every branch of the relayed path
+	$(BIN)/python -m coverage run -m pytest tests/proxy
+	$(BIN)/python -m coverage report
+
 format: $(STAMP)  ## Rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

@@ -28,6 +28,7 @@ from benchmarks.adapters.gateway_processes import COMMANDS, Running, built, engi
 ENGINE_PORTS = (19301, 19302)
 FIRST_PORT = 19310
 OURS = "dynamollm"
+LAG = "dynamollm_event_loop_lag_seconds"
 SHARE_OF_REQUESTS = {"litellm": 0.05}  # of those that take so long that a twentieth tells as much
 WHOLE_ANSWERS_ONLY = frozenset(("litellm",))  # 200 streams at once take it minutes
 
@@ -71,6 +72,7 @@ class Run:
     ttft_p99_ms: float | None  # to the first event, which the engine sends at once
     event_age_p99_ms: float | None  # added to an event
     rss_mb: float
+    lag_p99_ms: float | None = None  # how late its event loop was; only ours tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,30 @@ class Summary:
     ttft_p99_ms: float | None
     event_age_p99_ms: float | None
     rss_mb: float
+    lag_p99_ms: float | None
+
+
+def lag_buckets(metrics: str) -> dict[float, float]:
+    """Timers of the event loop by how late they were at most, in s; cumulative, as Prometheus has them."""
+    lines = (line for line in metrics.splitlines() if line.startswith(LAG + "_bucket"))
+    return {float(line.split('"')[1]): float(line.rsplit(" ", 1)[1]) for line in lines}
+
+
+def lag_p99_ms(before: dict[float, float], after: dict[float, float]) -> float | None:
+    """The bound that 99 % of the timers between two looks stay under; None where nothing is told."""
+    counts = {bound: count - before.get(bound, 0.0) for bound, count in after.items()}
+    timers = max(counts.values(), default=0.0)
+    return min((bound * 1000.0 for bound, count in counts.items() if count >= 0.99 * timers), default=None)
 
 
 def run_once(load: Path, gateway: Running, scenario: Scenario, number: int) -> Run:
     """Measure one gateway once."""
     share = SHARE_OF_REQUESTS.get(gateway.name, 1.0)
+    lag_before = lag_buckets(gateway.metrics()) if gateway.name == OURS else {}
     before_s = gateway.cpu_s()
     told: dict[str, Any] = json.loads(measure(load, gateway.port, scenario.arguments(share)))
     cpu_ms = (gateway.cpu_s() - before_s) * 1000.0 / told["requests"]
+    lag_after = lag_buckets(gateway.metrics()) if gateway.name == OURS else {}
 
     def p99_ms(name: str) -> float | None:
         return told[name]["p99"] / 1000.0 if name in told else None
@@ -108,6 +126,7 @@ def run_once(load: Path, gateway: Running, scenario: Scenario, number: int) -> R
         p99_ms("ttft_us"),
         p99_ms("event_age_us"),
         gateway.rss_mb(),
+        lag_p99_ms(lag_before, lag_after),
     )
 
 
@@ -131,6 +150,7 @@ def summarise(runs: list[Run]) -> list[Summary]:
                 _median([run.ttft_p99_ms for run in own]),
                 _median([run.event_age_p99_ms for run in own]),
                 max(run.rss_mb for run in own),
+                _median([run.lag_p99_ms for run in own]),
             )
         )
     return summaries
@@ -139,7 +159,16 @@ def summarise(runs: list[Run]) -> list[Summary]:
 def table(summaries: list[Summary]) -> Table:
     """What is printed."""
     out = Table(
-        "scenario", "gateway", "CPU ms", "ours / it", "TTFT P99 ms", "event P99 ms", "RSS MB", "failed", box=None
+        "scenario",
+        "gateway",
+        "CPU ms",
+        "ours / it",
+        "TTFT P99 ms",
+        "event P99 ms",
+        "RSS MB",
+        "loop P99 ms",
+        "failed",
+        box=None,
     )
     for each in summaries:
         out.add_row(
@@ -150,6 +179,7 @@ def table(summaries: list[Summary]) -> Table:
             _shown(each.ttft_p99_ms),
             _shown(each.event_age_p99_ms),
             f"{each.rss_mb:.0f}",
+            _shown(each.lag_p99_ms),
             str(each.failed),
         )
     return out

@@ -43,6 +43,18 @@ class Running:
                     total_ns += int((thread / "schedstat").read_text().split()[0])
         return total_ns / 1e9
 
+    def metrics(self) -> str:
+        """What it tells on /metrics; nothing where it has none."""
+        client = HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            client.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+            answer = client.getresponse()
+            return answer.read().decode() if answer.status == 200 else ""
+        except OSError:
+            return ""
+        finally:
+            client.close()
+
     def rss_mb(self) -> float:
         """Resident memory of its process tree, MiB."""
         total_kib = 0

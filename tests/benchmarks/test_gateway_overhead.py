@@ -9,7 +9,19 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.adapters.gateway_processes import Running, built, engines, measure
-from benchmarks.gateway_overhead import SCENARIOS, Run, Scenario, machine, plot, run_once, summarise, table
+from benchmarks.gateway_overhead import (
+    LAG,
+    SCENARIOS,
+    Run,
+    Scenario,
+    lag_buckets,
+    lag_p99_ms,
+    machine,
+    plot,
+    run_once,
+    summarise,
+    table,
+)
 
 RUN = Run("dynamollm", "plain-300", 0, 0, 0.04, None, None, 100.0)
 
@@ -51,6 +63,18 @@ def events_of(port, body):
         while not answer.endswith(b"0\r\n\r\n"):
             answer += client.recv(65536)
     return answer.count(b";s=")
+
+
+def test_the_loops_lag_is_that_of_the_timers_between():
+    def told(*counts):
+        return "".join(
+            f'{LAG}_bucket{{le="{b}"}} {c}\n' for b, c in zip(("0.001", "0.002", "+Inf"), counts, strict=True)
+        )
+
+    before, after = lag_buckets(told(5, 50, 50)), lag_buckets("# HELP x\n" + told(105, 249, 250))
+    assert lag_p99_ms(before, after) == 2.0
+    assert lag_p99_ms({}, lag_buckets(told(0, 0, 3))) == float("inf")
+    assert lag_p99_ms({}, {}) is None
 
 
 def test_the_machine_is_named():

@@ -12,6 +12,7 @@ from gateway_fakes import (
     answer,
     chunk,
     like_vllm,
+    parse,
     play,
     read_answer,
     request_bytes,
@@ -263,6 +264,17 @@ def test_only_one_that_waits_takes_a_decision_and_only_one_unanswered_moves():
     relay.body(TOKENS[0], 2.0)
     relay.moved(Assigned("i1", "LL"), 2.0)
     assert (relay.state, network.sent_to) == (State.RELAYING, ["i2"])
+
+
+def test_a_whole_answer_longer_than_is_held_passes_as_it_comes():
+    relay, client, _, _, _ = relay_of(CHAT)
+    relay.start(0.0)
+    relay.head(InstanceHead(200, ()))
+    piece = b"x" * (2**20 + 1)
+    for _ in range(2):
+        relay.body(piece, 1.0)
+    relay.end(1.0)
+    assert parse(client.written).body == 2 * piece
 
 
 def test_released_and_escalated_requests_may_be_gone():
