@@ -4,7 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solver.control import Demand
-from solver.forecast import DAY_S, Forecast, ForecastSettings, KnownForecaster, SlotForecaster
+from solver.forecast import Forecast, ForecastSettings, KnownForecaster, SlotForecaster
+from solver.load_history import LoadHistory
+
+DAY_S = 86_400.0
 
 
 def window(requests, window_s=5.0):
@@ -40,14 +43,105 @@ def test_the_first_minute_is_not_taken_for_a_ramp_from_zero():
     assert forecaster.forecast(5.0, 300.0).mean_rps == pytest.approx([10.0])
 
 
-def test_the_same_time_of_other_days_shapes_what_comes():
-    def daily(t):
-        return [10.0 if (t % DAY_S) < DAY_S / 2 else 20.0]
+def daily(t):
+    """From 10 to 40 requests/s and back, in two hours each."""
+    return [10.0 + 30.0 * float(np.clip(np.sin(t / DAY_S * 2.0 * np.pi) * 2.0 + 0.5, 0.0, 1.0))]
 
+
+def morning_error(forecaster, day):
+    """Mean relative error half an hour ahead while the rate rises, on a day that has just begun 4 hours before noon."""
+    begin_s = (day - 1.0 / 6.0) * DAY_S
+    made = run(forecaster, lambda t: daily(t + begin_s), 6 * 3600.0, window_s=300.0, ask_s=1800.0)
+    truth = [np.mean([daily(begin_s + at + s)[0] for s in range(0, 1800, 60)]) for at, _ in made]
+    return float(np.mean([abs(f.mean_rps[0] / t - 1.0) for (_, f), t in zip(made, truth, strict=True)]))
+
+
+def test_the_same_time_of_other_days_shapes_what_comes():
+    kept = LoadHistory()
+    run(SlotForecaster(1, history=kept), daily, 5.0 * DAY_S, window_s=300.0)
+    offset_s = (7.0 - 1.0 / 6.0) * DAY_S
+    restored = LoadHistory(unix_offset_s=offset_s)
+    restored.restore(kept.snapshot())
+    assert morning_error(SlotForecaster(1, history=restored), 7) < 0.75 * morning_error(SlotForecaster(1), 7)
+
+
+def test_templates_that_mislead_are_not_followed():
+    """Every day has its steps at other hours: what the days before did says nothing of this one."""
+
+    def fickle(t):
+        day = int(t // DAY_S)
+        return [10.0 if ((t + day * 19_000.0) % DAY_S) < DAY_S / 2 else 20.0]
+
+    made = run(SlotForecaster(1), fickle, 5 * DAY_S, window_s=300.0, ask_s=300.0)
+    errors = [abs(f.mean_rps[0] / fickle(at + 150.0)[0] - 1.0) for at, f in made[2 * 288 :]]
+    assert np.mean(errors) < 0.08
+
+
+def test_a_gap_is_survived():
     forecaster = SlotForecaster(1)
-    run(forecaster, daily, 2.5 * DAY_S - 60.0, window_s=60.0)
-    now_s = 2.5 * DAY_S - 60.0  # the rate is about to double, as on the days before
-    assert forecaster.forecast(now_s, 300.0).mean_rps == pytest.approx([20.0], rel=0.15)
+    run(forecaster, lambda t: [10.0], 3 * 3600.0, ask_s=300.0)
+    forecaster.observe(10 * 3600.0, window([40.0 * 5.0]))  # nobody looked for seven hours, and it is another load
+    forecast = forecaster.forecast(10 * 3600.0, 300.0)
+    assert forecast.mean_rps == pytest.approx([40.0], rel=0.3)
+    assert forecast.reserve_rps[0] < 80.0  # the seven hours were no error of a forecast
+
+
+def test_a_burst_is_seen_and_met_before_it_is_understood():
+    forecaster = SlotForecaster(1)
+    run(forecaster, lambda t: [10.0], 4 * 3600.0, ask_s=300.0)
+    calm = forecaster.forecast(14_400.0, 300.0)
+    assert not forecaster.burst
+    forecaster.observe(14_460.0, window([60.0 * 40.0], 60.0))
+    burst = forecaster.forecast(14_460.0, 300.0)
+    assert forecaster.burst
+    assert burst.reserve_rps[0] > 40.0 > 2 * calm.reserve_rps[0]
+
+
+def test_a_drift_is_noticed():
+    forecaster = SlotForecaster(1)
+    rng = np.random.default_rng(1)
+
+    def steady_then_growing(t):
+        return [10.0 if t < DAY_S else 10.0 * np.exp((t - DAY_S) / 1800.0)]
+
+    for step in range(1, 1440 + 120):
+        now_s = step * 60.0
+        forecaster.observe(now_s, window(rng.poisson(np.array(steady_then_growing(now_s)) * 60.0), 60.0))
+        forecaster.forecast(now_s, 300.0)
+        if step == 1440:
+            before = forecaster.drifts
+    assert before <= 2
+    assert forecaster.drifts > before
+
+
+def test_groups_have_reserves_of_their_own():
+    """One class is steady, the other bursts: apart, only the second is provided for generously."""
+
+    def both(t):
+        return [10.0, 10.0 if t % 1800.0 > 120.0 else 25.0]
+
+    forecaster = SlotForecaster(2, groups=np.array([0, 1]))
+    run(forecaster, both, 12 * 3600.0, ask_s=300.0)
+    forecast = forecaster.forecast(12 * 3600.0, 300.0)
+    factor = forecast.reserve_rps / forecast.mean_rps
+    assert factor[0] < 1.5 < factor[1]
+
+
+@pytest.mark.parametrize("quantile", [0.8, 0.955])
+def test_as_many_peaks_are_covered_as_was_asked_for(quantile):
+    """A noisy day and night; the busiest minute of five, of a stream that is not Poisson."""
+    rng = np.random.default_rng(2)
+    forecaster, over, asked = SlotForecaster(1, ForecastSettings(quantile=quantile)), 0, 0
+    for slot in range(6 * 288):
+        now_s, rate = slot * 300.0, 20.0 + 10.0 * np.sin(slot / 288.0 * 2.0 * np.pi)
+        reserve = forecaster.forecast(now_s, 300.0).reserve_rps[0]
+        minutes = rng.poisson(rate * 60.0 * rng.gamma(20.0, 0.05, 5))
+        if slot > 288:
+            asked += 1
+            over += minutes.max() / 60.0 > reserve
+        for k, requests in enumerate(minutes):
+            forecaster.observe(now_s + 60.0 * (k + 1), window([requests], 60.0))
+    assert over / asked == pytest.approx(1.0 - quantile, abs=0.02)
 
 
 def test_the_reserve_learns_from_bursts_it_did_not_foresee():
@@ -74,7 +168,7 @@ def test_the_reserve_covers_nearly_every_minute_of_a_steady_stream():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.0, 900.0), st.integers(0, 1_000_000)), max_size=40))
 def test_any_series_with_gaps_gives_a_forecast_that_is_a_rate(windows):
-    forecaster = SlotForecaster(1, ForecastSettings(slot_s=60.0))
+    forecaster = SlotForecaster(1)
     now_s = 0.0
     for gap_s, requests in windows:
         now_s += gap_s
