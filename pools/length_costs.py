@@ -4,9 +4,10 @@ Both errors are priced from the capacity table of the model, per input size. Wha
 and that is not always the longer answer: behind a long prompt a short one has few tokens to make up for the prefills
 of others in, so an instance carries fewer of them within the SLO.
 
-- an over-estimate keeps more capacity READY than is used: the difference of both classes' least energy a request;
-- an under-estimate is repaired at the highest clock (escalation), which costs more than the planned point; and the
-  share of its work that nobody planned for breaks the SLO, which makes that share of its energy wasted.
+- planned for more than it takes, capacity is READY and unused: the difference of both classes' least energy a request;
+- planned for less, it is repaired at the highest clock (escalation), which costs more than the planned point; and the
+  part of its work that nobody planned for breaks SLOs, its own and of those that wait behind it: ``BROKEN`` requests'
+  worth of that part is wasted.
 
 Source of the two kinds of damage: DynamoLLM, mispredictions.
 """
@@ -19,6 +20,7 @@ from energy.capacity import CapacityTable
 from pools.classes import REQUEST_CLASSES, RequestClass
 
 SIZES = 3
+BROKEN = 3.0  # of 1, 3 and 10, the least energy at equal SLOs in the simulated conversation hour
 Row = tuple[float, float, float]
 EVEN: tuple[Row, ...] = ((0.0, 1.0, 2.0), (1.0, 0.0, 1.0), (2.0, 1.0, 0.0))
 
@@ -44,10 +46,7 @@ class LengthCosts:
             classes = [RequestClass.of_sizes(i, o) for o in range(SIZES)]
             plan = _filled([least[k] for k in classes])
             rush = [max(a, b) for a, b in zip(_filled([top[k] for k in classes]), plan, strict=True)]
-            rows = [
-                [plan[c] - plan[t] if plan[c] >= plan[t] else rush[t] - plan[c] for t in range(SIZES)]
-                for c in range(SIZES)
-            ]
+            rows = [[_cost(plan, rush, c, t) for t in range(SIZES)] for c in range(SIZES)]
             every.append(tuple((row[0], row[1], row[2]) for row in rows))
         return LengthCosts(tuple(every))
 
@@ -59,6 +58,15 @@ def _joules(table: CapacityTable, clocks: slice) -> list[float]:
     with np.errstate(divide="ignore"):
         joules = np.where(rate > 0.0, power_w / rate, np.inf)
     return [float(joules[:, :, k].min()) for k in range(len(REQUEST_CLASSES))]
+
+
+def _cost(plan: list[float], rush: list[float], chosen: int, true: int) -> float:
+    """What is planned for ``chosen`` and is ``true``."""
+    if chosen == true:
+        return 0.0
+    if plan[chosen] > plan[true]:
+        return plan[chosen] - plan[true]
+    return rush[true] - plan[true] + BROKEN * (plan[true] - plan[chosen])
 
 
 def _filled(joules: list[float]) -> list[float]:

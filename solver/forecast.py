@@ -116,7 +116,7 @@ class SlotForecaster:
         parts_rps = float(self._parts.sum())
         shares = self._parts / parts_rps if parts_rps > 0.0 else self._parts
         mean = total_rps * shares
-        reserve = mean * np.exp([reserve.factor_log() for reserve in model.reserves])[self._groups]
+        reserve = mean * np.exp(model.factors_log())[self._groups]
         model.promise(now_s, signs, middle_rps, self._by_group(mean), self._by_group(reserve))
         if self.burst:  # it may go on: be ready for at least what there is
             reserve = np.maximum(reserve, shares * (minute_rps + 2.0 * random_rps))
@@ -211,6 +211,14 @@ class _Horizon:
         self._horizon_s = horizon_s
         self._promises: deque[_Promise] = deque()
 
+    def factors_log(self) -> list[float]:
+        """Of each group."""
+        met = [promise for promise in self._promises if promise.peak_rps.any()]
+        return [
+            reserve.factor_log([p.excess_log(group) for p in met if p.mean_rps[group] > _SMALLEST_RPS])
+            for group, reserve in enumerate(self.reserves)
+        ]
+
     def promise(
         self, now_s: float, signs: FloatArray, middle_rps: float, mean_rps: FloatArray, reserve_rps: FloatArray
     ) -> None:
@@ -232,10 +240,9 @@ class _Horizon:
             return False  # a gap: nobody knows what came
         came_rps = promise.requests / promise.span_s
         for group, reserve in enumerate(self.reserves):
-            mean_rps, peak_rps = float(promise.mean_rps[group]), float(promise.peak_rps[group])
-            if mean_rps > _SMALLEST_RPS:
-                covered = peak_rps <= float(promise.reserve_rps[group])
-                reserve.learn(_log(peak_rps) - _log(mean_rps), covered)
+            if promise.mean_rps[group] > _SMALLEST_RPS:
+                covered = bool(promise.peak_rps[group] <= promise.reserve_rps[group])
+                reserve.learn(promise.excess_log(group), covered)
         return self.correction.learn(promise.signs, _log(came_rps) - _log(promise.middle_rps))
 
 
@@ -263,6 +270,10 @@ class _Promise:
         self.peak_rps = np.zeros_like(mean_rps)
         self.requests = self.span_s = 0.0
         self._minute, self._minute_s = np.zeros_like(mean_rps), 0.0
+
+    def excess_log(self, group: int) -> float:
+        """How far the busiest minute went beyond the mean forecast."""
+        return _log(float(self.peak_rps[group])) - _log(float(self.mean_rps[group]))
 
     def add(self, window_s: float, requests: FloatArray) -> None:
         """Take in a window."""

@@ -73,13 +73,20 @@ class Reserve:
         self._seen: deque[float] = deque(maxlen=KEPT)  # in scales from the middle
         self._shift = 0.0
 
-    def factor_log(self) -> float:
-        """The logarithm of the factor that covers the quantile, from 0 to ``FARTHEST``."""
-        if not self._seen:
-            return self._guess
-        wanted = float(np.quantile(np.asarray(self._seen), self._quantile))
-        learnt = self._middle + self._scale * wanted + self._shift
-        n = len(self._seen)
+    def factor_log(self, so_far: Sequence[float] = ()) -> float:
+        """The logarithm of the factor that covers the quantile, from 0 to ``FARTHEST``.
+
+        ``so_far``: what forecasts that are not due yet have met; while few have come due, that tells more than a guess.
+        """
+        seen = np.asarray(self._seen)
+        learnt = 0.0
+        if len(seen):
+            learnt = self._middle + self._scale * float(np.quantile(seen, self._quantile)) + self._shift
+        n = len(seen)
+        if n < FEW and len(so_far):
+            met = min(float(np.quantile(np.asarray(so_far), self._quantile)), FARTHEST)
+            learnt = (n * learnt + len(so_far) * met) / (n + len(so_far))
+            n += len(so_far)
         factor_log = (self._guess_weight * self._guess + n * learnt) / (self._guess_weight + n)
         return min(max(factor_log, 0.0), FARTHEST)
 
@@ -95,6 +102,7 @@ class Reserve:
         self._shift = min(max(self._shift, -0.5), 0.5)
 
 
+FEW = 60  # forecasts that came due
 FOLLOW = 0.05
 FARTHEST = 3.0  # logarithm of a factor beyond which nothing is provided for
 SHIFT = 0.01  # logarithm the reserve grows by for a peak it did not cover

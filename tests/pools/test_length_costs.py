@@ -9,7 +9,7 @@ from energy.adapters.capacity_file import load_capacity
 from energy.adapters.catalogue import profile_names
 from energy.capacity import CapacityTable, ClassLoad
 from pools.classes import REQUEST_CLASSES
-from pools.length_costs import LengthCosts
+from pools.length_costs import BROKEN, LengthCosts
 
 
 def table(joules_by_class, top_factor=1.5, rates=None):
@@ -30,16 +30,24 @@ JOULES = [10.0, 40.0, 100.0, 20.0, 50.0, 110.0, 30.0, 60.0, 120.0]
 
 def test_errors_are_priced_by_hand():
     costs = LengthCosts.of(table(JOULES)).joules[0]  # short inputs: 10, 40, 100 J, at the highest clock half more
-    assert costs[0] == pytest.approx((0.0, 1.5 * 40 - 10, 1.5 * 100 - 10))
-    assert costs[1] == pytest.approx((30.0, 0.0, 1.5 * 100 - 40))
+    assert costs[0] == pytest.approx((0.0, 20 + BROKEN * 30, 50 + BROKEN * 90))
+    assert costs[1] == pytest.approx((30.0, 0.0, 50 + BROKEN * 60))
     assert costs[2] == pytest.approx((90.0, 60.0, 0.0))
 
 
-def test_what_nobody_serves_costs_what_the_next_shorter_does():
-    rates = [1, 1, 0, 1, 1, 1, 1, 1, 1]
-    costs = LengthCosts.of(table(JOULES, rates=rates)).joules[0]
-    assert costs[2][1] == 0.0
-    assert all(np.isfinite(costs).ravel())
+def test_a_short_answer_that_costs_more_is_the_dearer_one_to_miss():
+    costs = LengthCosts.of(table([100.0, 40.0, 10.0, *JOULES[3:]])).joules[0]
+    assert costs[2][0] == pytest.approx(50 + BROKEN * 90)
+    assert costs[0][2] == pytest.approx(90.0)
+
+
+def test_what_nobody_serves_costs_what_the_next_does():
+    shorter = LengthCosts.of(table(JOULES, rates=[1, 1, 0, 1, 1, 1, 1, 1, 1])).joules[0]
+    assert shorter[0][2] == pytest.approx(shorter[0][1])
+    longer = LengthCosts.of(table(JOULES, rates=[0, 1, 1, 1, 1, 1, 1, 1, 1])).joules[0]
+    assert longer[2][0] == pytest.approx(longer[2][1])
+    nobody = LengthCosts.of(table(JOULES, rates=[0, 0, 0, 1, 1, 1, 1, 1, 1])).joules[0]
+    assert not np.any(nobody)
 
 
 @given(
@@ -64,7 +72,7 @@ def test_no_error_pays(joules, top_factor, rates):
 def test_behind_a_long_prompt_a_short_answer_may_ask_for_more_than_a_long_one():
     joules = [10.0, 40.0, 100.0, 20.0, 50.0, 110.0, 340.0, 240.0, 150.0]
     costs = LengthCosts.of(table(joules))
-    assert costs.joules[2][2] == pytest.approx((1.5 * 340 - 150, 1.5 * 240 - 150, 0.0))
+    assert costs.joules[2][2] == pytest.approx((170 + BROKEN * 190, 120 + BROKEN * 90, 0.0))
     assert costs.joules[2][0] == pytest.approx((0.0, 100.0, 190.0))
     assert costs.cheapest(2, (0.7, 0.2, 0.1)) == 0
 
