@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "simulate": "Run policies over a trace in virtual time and compare energy, cost and SLOs.",
     "report": "Show energy, CO2 and money by class, pool, tenant or model, from a running gateway.",
     "agent": "Set the clocks of this node's GPUs for a controller, on leases.",
+    "intents": "Have this node's agent enforce the clocks that Kubernetes pods are annotated with.",
     "profile": "Fit, show, compare and check energy-performance profiles.",
     "emulate": "Run emulated vLLM instances (what `serve` starts without GPUs).",
     "doctor": "Check this machine, the configuration and a running gateway.",

@@ -6,7 +6,7 @@ scheduler that spreads pods would leave no node whole for a TP8. Which of the no
 slots are counted, not addressed. Clocks are annotations of the pod, enforced by the agent on its node. What the cluster
 knows is enough for a later driver to take over.
 
-It lists and watches; whatever it misses it finds at the next listing. Never deletes a Deployment, a node or a lease.
+It lists and watches; whatever it misses it finds at the next listing. Never deletes a Deployment, a node or a Lease.
 """
 
 import asyncio
@@ -99,6 +99,7 @@ class KubernetesDriver:
         self._tasks: list[asyncio.Task[None]] = []
         self._spawned: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._beats = 0
 
     # --- the cluster -------------------------------------------------------------------------------------------------
 
@@ -110,6 +111,7 @@ class KubernetesDriver:
             if self._tasks:
                 return
             await self._look_at_nodes()
+            await self._beat()
             for pod in await self._list():
                 if pod.instance_id is not None and not pod.leaving:
                     self._adopt(pod)
@@ -161,8 +163,18 @@ class KubernetesDriver:
             await asyncio.sleep(NODES_PERIOD_S)
             try:
                 await self._look_at_nodes()
+                await self._beat()
             except DriverError as error:
                 log.warning("nodes cannot be listed: %s", error)
+
+    async def _beat(self) -> None:
+        """Show the agents that their orders are still meant."""
+        self._beats += 1
+        lease = objects.heartbeat(self._template.deployment, self._beats, round(6 * NODES_PERIOD_S))
+        try:
+            await self._api.patch("leases", lease["metadata"]["name"], lease)
+        except NotFoundError:
+            await self._api.create("leases", lease)
 
     async def _look_at_nodes(self) -> None:
         nodes, _ = await self._api.list("nodes")

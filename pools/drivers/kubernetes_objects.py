@@ -195,6 +195,22 @@ def spec_of(pod: PodView) -> InstanceSpec:
     return InstanceSpec(pod.instance_id, pod.pool, shape, pod.slots, pod.awake_clock_mhz)
 
 
+def heartbeat_name(deployment: str) -> str:
+    """The Lease by which a driver shows that it lives."""
+    return f"{deployment}-clocks"
+
+
+def heartbeat(deployment: str, beat: int, lasts_s: int) -> Object:
+    """That Lease; every ``beat`` is another, so that each writing gives it another version."""
+    labels = {MANAGED_BY: "dynamollm", DEPLOYMENT: deployment}
+    return {
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": {"name": heartbeat_name(deployment), "labels": labels, "annotations": {PREFIX + "beat": str(beat)}},
+        "spec": {"leaseDurationSeconds": lasts_s},
+    }
+
+
 def ready_nodes(nodes: Sequence[Object]) -> frozenset[str]:
     """Nodes whose kubelet reports that they are well, by name."""
     found = set()

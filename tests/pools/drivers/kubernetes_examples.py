@@ -87,6 +87,8 @@ class ApiServer(kmock.KubernetesEmulator):
             return await self._bind(request)
         if method in ("POST", "PATCH", "PUT") and request.data is not None:
             self._stamp(request, method)
+        if method == "PUT":
+            return aiohttp.web.json_response(await self._change(request, request.data))
         answer: aiohttp.web.StreamResponse = await super()._handle(request)
         return answer
 
@@ -119,11 +121,16 @@ class ApiServer(kmock.KubernetesEmulator):
             raise KubernetesError(status=409, reason="Conflict", message="pod is assigned to a node already")
         change = {"spec": {"nodeName": request.data["target"]["name"]}}
         change["metadata"] = {"resourceVersion": str(next(self.versions))}
+        await self._change(request, change)
+        return aiohttp.web.json_response({"kind": "Status", "status": "Success"}, status=201)
+
+    async def _change(self, request: Any, change: dict[str, Any]) -> dict[str, Any]:
         async with self._lock:
             stored = self.objects[(request.resource, request.namespace, request.name)]
             stored.patch(change)
-            await self._buses[request.resource].put({"type": "MODIFIED", "object": stored.last.raw})
-        return aiohttp.web.json_response({"kind": "Status", "status": "Success"}, status=201)
+            raw: dict[str, Any] = stored.last.raw
+            await self._buses[request.resource].put({"type": "MODIFIED", "object": raw})
+        return raw
 
     async def drop_watches(self) -> None:
         """The connections of every watch break, as when an API server is restarted."""
