@@ -3,12 +3,14 @@
 The Kubernetes client is an extra: its modules are imported only where this driver is asked for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from prometheus_client.registry import Collector
 
+from dynamollm.adapters.clock import unix_offset_s
 from dynamollm.deployment import node_gpus
 from dynamollm.errors import UserError
+from dynamollm.leadership import Leadership
 from dynamollm.settings import Settings
 from dynamollm.vllm_wiring import served_models
 from energy.gpus import GPUS
@@ -58,6 +60,22 @@ def build_kubernetes_driver(settings: Settings) -> InstanceDriver:
         {name: range(g.min_clock_mhz, g.max_clock_mhz + 1, g.clock_step_mhz) for name, g in GPUS.items()},
         KubernetesOptions(vllm.start_timeout_s, chosen.leave_running, chosen.mode == "scale"),
     )
+
+
+def build_leadership(settings: Settings, store: Leadership, clock: Callable[[], float]) -> Leadership:
+    """What decides which controller leads. Raises ``UserError`` where the Kubernetes client is needed and missing."""
+    if settings.controller.leadership == "store":
+        return store
+    try:
+        from dynamollm.adapters.kubernetes_lease import KubernetesLease
+        from pools.drivers.kubernetes_api import KubernetesApi
+    except ModuleNotFoundError:
+        raise UserError(
+            "controller.leadership: kubernetes needs an extra: pip install 'dynamollm[kubernetes]'"
+        ) from None
+    chosen, offset_s = settings.driver.kubernetes, unix_offset_s()
+    api = KubernetesApi(chosen.namespace, chosen.context)
+    return KubernetesLease(api, f"{chosen.deployment}-controller", clock, lambda: clock() + offset_s)
 
 
 def desired_replicas(settings: Settings, driver: InstanceDriver) -> tuple[Collector, ...]:

@@ -168,6 +168,7 @@ class ControllerSettings:
     dwell_s: Seconds = 600.0  # how long a change is expected to last: over this time it must pay for itself
     transition_deadline_s: Seconds = 900.0  # a start or a drain that takes longer is abandoned
     lease_s: Annotated[float, Field(ge=0.2, le=300)] = 2.0  # a silent leader is followed by another after this
+    leadership: Literal["store", "kubernetes"] = "store"  # kubernetes: a Lease in driver.kubernetes.namespace
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from dynamollm.commander import Commander
 from dynamollm.control_loop import FIRST_LOOK_S, AsyncController, ControlLoop, StaticController
 from dynamollm.controller_recipe import controller_recipe
 from dynamollm.deployment import Deployment
+from dynamollm.kubernetes_wiring import build_leadership
 from dynamollm.leadership import Candidate
 from dynamollm.learning import GatewayLengths
 from dynamollm.ledger_feed import LedgerFeed, LedgerTail
@@ -121,7 +122,7 @@ def build_commander(
 ) -> Commander[ControllerTerm]:
     """Put a controller together; starts nothing. Raises ``UserError`` for a profile or a file it cannot use."""
     store = build_store(settings.store)
-    candidate = Candidate(store, name, settings.controller.lease_s, clock)
+    candidate = Candidate(build_leadership(settings, store, clock), name, settings.controller.lease_s, clock)
     collected, history, offset_s = Collected(), LoadHistory(), unix_offset_s()
     profiles = load_profiles(settings)
     watcher = Observer(Deployment(settings, profiles), collected, clock())

@@ -185,3 +185,14 @@ def test_the_ray_driver_is_put_together_without_a_cluster():
         assert driver.metered_nodes == (frozenset() if ray.clocks == "none" else {f"h100-{n}" for n in range(4)})
     named = DriverSettings("ray", vllm=VllmSettings(agents={"h100-1": "http://h100-1:9"}))
     assert wiring.build_driver(settings_with(driver=named)).metered_nodes == {"h100-1"}
+
+
+def test_leadership_is_the_stores_or_a_lease():
+    pytest.importorskip("kubernetes")
+    from dynamollm.adapters.kubernetes_lease import KubernetesLease
+    from dynamollm.kubernetes_wiring import build_leadership
+
+    store = wiring.build_store(settings_with().store)
+    assert build_leadership(settings_with(), store, lambda: 5.0) is store
+    lease = settings_with(controller=dataclasses.replace(STATIC, leadership="kubernetes"))
+    assert isinstance(build_leadership(lease, store, lambda: 5.0), KubernetesLease)
