@@ -10,7 +10,8 @@ def fetch(url: str, path: str, api_key: str | None, method: str = "GET", **query
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     address = f"{url.rstrip('/').removesuffix('/v1')}/admin/{path}"
     try:
-        answer = httpx.request(method, address, params=query, headers=headers, timeout=30.0, trust_env=False)
+        ask = httpx.post if method == "POST" else httpx.get
+        answer = ask(address, params=query, headers=headers, timeout=30.0, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UserError(f"--url {url}: {error or type(error).__name__}; is a gateway running there?") from None
     if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
