@@ -46,6 +46,16 @@ CLAIMS = {
     "poisson-medium": Claim("Poisson, medium load", {"dynamollm-paper": "-40 (v1), -42 (HPCA)"}, "-50"),
     "poisson-high": Claim("Poisson, high load", {"dynamollm-paper": "-23.4 (v1), -15 (HPCA)"}, "-30"),
 }
+POLICY_ORDER = (
+    "single-pool",
+    "multi-pool",
+    "scale-inst",
+    "scale-shard",
+    "scale-freq",
+    "packing",
+    "dynamollm-paper",
+    "dynamollm",
+)
 KINDS = ("prefill", "decode", "idle", "boot", "transition", "parked", "free")
 
 
@@ -88,7 +98,7 @@ def _runs(folder: Path, profile: str) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.glob(f"*--{profile}--*.json"), key=lambda p: p.stat().st_mtime):
         run = read_json(path)
         found[str(run["policy"])] = run
-    return found
+    return {policy: found[policy] for policy in (*POLICY_ORDER, "clairvoyant") if policy in found}
 
 
 def _section(experiment: str, profile: str, runs: dict[str, dict[str, Any]]) -> str:
