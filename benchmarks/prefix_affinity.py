@@ -164,15 +164,15 @@ async def play(url: str, talk: Talk, seed: int, out: Round) -> None:
         await asyncio.gather(*(talker.run(out) for talker in talkers))
 
 
-def measure(gateway: VllmGateway, url: str, talk: Talk, affinity: bool, seed: int) -> Round:
-    """One round from empty caches, through the gateway at ``url``; ``gateway`` runs the engines and meters them."""
+def measure(gateway: VllmGateway, through: str, talk: Talk, affinity: bool, seed: int) -> Round:
+    """One round from empty caches, ``through`` a gateway's URL; ``gateway`` runs the engines and meters them."""
     urls = [instance["url"] for instance in gateway.status()["instances"]]
     for url in urls:
         httpx.post(f"{url}/reset_prefix_cache", timeout=30).raise_for_status()
     before = [sum(counter_of(url, f"prefix_cache_{name}_total") for url in urls) for name in ("hits", "queries")]
     before_j, began_s = gateway.status()["metered_j"], time.monotonic()
     out = Round(affinity, seed, 0.0, 0.0, 0.0, 0.0)
-    asyncio.run(play(url, talk, seed, out))
+    asyncio.run(play(through, talk, seed, out))
     out.wall_s = time.monotonic() - began_s
     time.sleep(1.5)  # the meter is read once a second
     out.energy_j = gateway.status()["metered_j"] - before_j
