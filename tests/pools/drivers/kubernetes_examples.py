@@ -36,6 +36,7 @@ from pools.drivers.kubernetes_objects import SERVING, PodTemplate  # noqa: E402
 
 PORT = 21388  # on addresses of 127.0.0.0/8, one a pod
 NAMESPACE = "serving"
+KUBELET = "kubelet"
 FINALIZER = "test/kubelet"
 CLOCKS_MHZ = tuple(range(345, 1981, 15))
 _addresses = itertools.count(2)  # over all clusters of a run
@@ -61,6 +62,7 @@ class ApiServer(kmock.KubernetesEmulator):
         self.versions = itertools.count(1)
         self.refusals: list[Refusal] = []
         self.seen: list[tuple[str, str, Any]] = []  # method, path with query, body
+        self.asked: set[tuple[str, str]] = set()  # verb and resource, as roles have them, but for the kubelet's
         for name in ("v1/pods", "v1/nodes", "apps/v1/deployments", "coordination.k8s.io/v1/leases"):
             self.resources[name] = {}
 
@@ -69,6 +71,8 @@ class ApiServer(kmock.KubernetesEmulator):
 
     async def _handle(self, request: Any) -> aiohttp.web.StreamResponse:
         method, path = request.method.value.upper(), str(request.url.path)
+        if request.headers.get("User-Agent") != KUBELET:
+            self.asked.add(_right(method, path, str(request.url.query_string)))
         self.seen.append((method, str(request.url.path_qs), request.data))
         refusal = next(
             (r for r in self.refusals if r.times and r.method == method and re.search(r.path, request.url.path_qs)),
@@ -231,6 +235,16 @@ class Cluster:
         await self.api.close()
 
 
+def _right(method: str, path: str, query: str) -> tuple[str, str]:
+    """What a role must allow for this request."""
+    words = re.sub(r"^/(api/v1|apis/[^/]+/v1)/(namespaces/[^/]+/)?", "", path).split("/")
+    if method == "GET":
+        verb = "get" if len(words) > 1 else "watch" if "watch=true" in query else "list"
+    else:
+        verb = {"POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}[method]
+    return verb, "/".join([words[0], *words[2:]])
+
+
 async def end(process: asyncio.subprocess.Process) -> None:
     """Kill a container, all of it."""
     with contextlib.suppress(ProcessLookupError):
@@ -249,6 +263,7 @@ async def kubernetes_cluster(nodes: tuple[str, ...] = ("node-0", "node-1")) -> A
     server = ApiServer()
     async with server, kmock.Server(server) as listening:
         cluster = Cluster(str(listening.url).rstrip("/"), server)
+        (await cluster.api._connect()).user_agent = KUBELET
         for name in nodes:
             await cluster.add_node(name)
         controllers = asyncio.create_task(cluster.run())
