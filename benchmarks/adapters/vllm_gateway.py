@@ -67,7 +67,7 @@ def attached(configuration: Mapping[str, Any], gateway: "VllmGateway", **more: A
 class VllmGateway:
     """A gateway that is up; ``engines`` are the URLs of all that were ever ready, by instance."""
 
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[str] | None" = None  # None: somebody else's
     url: str = ""
     engines: dict[str, str] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
@@ -83,6 +83,7 @@ class VllmGateway:
 
     def read(self) -> None:
         """Follow what it says, until it ends."""
+        assert self.process is not None
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.said.append(line)

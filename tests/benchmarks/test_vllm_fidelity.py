@@ -57,7 +57,7 @@ def test_its_configurations_are_valid(folder, monkeypatch):
     assert settings.driver.vllm.command == str(folder / "bin" / "vllm")
     assert settings.routing.prefix_affinity is False
     monkeypatch.setattr(VllmGateway, "status", lambda _: STATUS)
-    beside = loaded(attached(own, VllmGateway(None), routing={"prefix_affinity": True}), folder)
+    beside = loaded(attached(own, VllmGateway(), routing={"prefix_affinity": True}), folder)
     assert beside.driver.kind == "attach"
     assert beside.driver.urls == {"LL": ("http://127.0.0.1:1", "http://127.0.0.1:2")}
     assert beside.routing.prefix_affinity is True
