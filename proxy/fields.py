@@ -44,6 +44,7 @@ class _Part(msgspec.Struct):
 
 class _StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    include_energy: bool | None = None  # ours: the usage event says what the request took
 
 
 class _AgentHints(msgspec.Struct):
@@ -101,6 +102,7 @@ class RequestFields(msgspec.Struct, frozen=True):
     tool_choice: int = 0  # checksum; 0 = not said
     system: int = 0  # checksum of the system prompt; 0 = none
     turn: bytes = b""  # of the last user turn as JSON: its opening, NUL, its ending
+    include_energy: bool = False  # in the usage event
 
 
 _chat = msgspec.json.Decoder(_ChatBody)
@@ -211,6 +213,7 @@ def _fields(body: Any, size: PromptSize, input_tokens: int | None, system: int =
         crc32(memoryview(body.tool_choice)[:_SYSTEM_BYTES]) if len(body.tool_choice) else 0,
         system,
         turn,
+        options is not None and options.include_energy is True,
     )
 
 

@@ -21,7 +21,10 @@ _ERROR = {
 _SHARED: dict[str, Any] = {
     "model": {"type": "string", "description": "May be left out where one model is served."},
     "stream": {"type": "boolean", "default": False},
-    "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
+    "stream_options": {
+        "type": "object",
+        "properties": {"include_usage": {"type": "boolean"}, "include_energy": {"type": "boolean"}},
+    },
     "max_tokens": {"type": "integer", "minimum": 1},
     "n": {"type": "integer", "minimum": 1, "default": 1},
     "service_tier": {"type": "string", "enum": ["auto", "default", "flex", "priority"]},

@@ -322,12 +322,22 @@ class Relay(msgspec.Struct, eq=False):
             self._first_s = now_s
             self._arrivals_s.append(now_s)
             self._services.router.on_first_token(self._admitted.request.id, now_s)
-            self._events = EventFilter(self._admitted.usage_injected, self._admitted.tier)
+            admitted, told = self._admitted, self._admitted.fields.include_energy
+            self._events = EventFilter(
+                admitted.usage_injected and not told, admitted.tier, self._energy_of if told else None
+            )
             held = self._events.feed(held)
         if not client.chunked:
             client.keep_alive = False
         head = self._head(wire.CHUNKED if client.chunked else b"")
         client.write(head + (wire.chunk(held) if client.chunked and held else held))
+
+    def _energy_of(self, usage: Usage) -> float | None:
+        """What the request took, now that its tokens are counted."""
+        if self._services.energy_j is None:
+            return None
+        self._usage = usage
+        return self._services.energy_j(self._outcome(self._answer_head.status, self._services.clock(), cancelled=False))
 
     def _end_held(self, now_s: float) -> None:
         """A whole answer, or a stream that ended before its first event."""

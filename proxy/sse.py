@@ -7,6 +7,7 @@ it out where the client had not asked for one (the gateway had, for accounting).
 Everything is decided from bytes; JSON is decoded only in the events that can matter: the first, and those with usage.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -86,13 +87,28 @@ def with_tier(answer: bytes, service_tier: str) -> bytes:
     return _encode(members)
 
 
+def with_energy(chunk: bytes, energy_j: float) -> bytes:
+    """A chunk whose usage also says the request's energy, in millijoules as in the header of whole answers."""
+    members = _decode_members(chunk)
+    usage = _decode_members(members["usage"])
+    usage["energy_mj"] = msgspec.Raw(_encode(round(energy_j * 1000)))
+    members["usage"] = msgspec.Raw(_encode(usage))
+    return _encode(members)
+
+
 class EventFilter:
-    """Whole events in, whole events out; ``usage`` is known once its event has passed."""
+    """Whole events in, whole events out; ``usage`` is known once its event has passed.
 
-    __slots__ = ("_held", "_strip_usage", "_tier", "usage")
+    ``energy_j``, where the client asked for it, tells what a request with this usage took; None where nobody knows.
+    """
 
-    def __init__(self, strip_usage: bool, tier: str | None = None) -> None:
+    __slots__ = ("_energy_j", "_held", "_strip_usage", "_tier", "usage")
+
+    def __init__(
+        self, strip_usage: bool, tier: str | None = None, energy_j: Callable[[Usage], float | None] | None = None
+    ) -> None:
         self.usage: Usage | None = None
+        self._energy_j = energy_j
         self._held = b""
         self._strip_usage = strip_usage
         self._tier = tier
@@ -130,6 +146,9 @@ class EventFilter:
             self.usage = answer.usage or self.usage
             if self._strip_usage and answer.usage is not None and not answer.choices:
                 return b""
+            if self._energy_j is not None and answer.usage is not None and not answer.choices:
+                energy_j = self._energy_j(answer.usage)
+                event = event if energy_j is None else b"data: " + with_energy(event[5:], energy_j)
         if self._tier is not None and event.startswith(b"data: {"):
             event = b"data: " + with_tier(event[6:], self._tier)
         return event + END

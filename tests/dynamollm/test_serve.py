@@ -75,6 +75,27 @@ def test_the_official_client_streams_through_it(served):
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices).strip()
 
 
+def test_a_stream_says_what_it_took_where_it_is_asked_to(served):
+    client = openai.OpenAI(base_url=f"{served}/v1", api_key="none")
+
+    def last_chunk(**options: bool):
+        chunks = client.completions.create(
+            model="llama",
+            prompt="Why?",
+            max_tokens=150,
+            stream=True,
+            extra_body={"ignore_eos": True, "stream_options": options},
+        )
+        return list(chunks)[-1]
+
+    usage = last_chunk(include_energy=True).usage
+    assert usage is not None
+    assert usage.completion_tokens == 150
+    assert usage.energy_mj > 0
+    assert not hasattr(last_chunk(include_usage=True).usage, "energy_mj")
+    assert last_chunk().usage is None
+
+
 def test_requests_go_to_the_pool_of_their_class(served):
     def pool_of(text: str, max_tokens: int) -> tuple[str, str]:
         answer = httpx.post(

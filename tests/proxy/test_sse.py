@@ -90,3 +90,21 @@ def test_usage_of_a_whole_answer():
     assert usage_of(b'{"choices":[]}') is None
     assert usage_of(b"{") is None
     assert usage_of(b'{"usage":{"prompt_tokens":"many"}}') is None
+
+
+def test_energy_stands_in_the_usage_event_where_it_is_asked_for():
+    asked = []
+
+    def energy_j(usage):
+        asked.append(usage.completion_tokens)
+        return 1.2345
+
+    event = b'data: {"id":"a","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":7,"total_tokens":10}}\n\n'
+    delta = b'data: {"id":"a","choices":[{"index":0,"text":"x"}],"usage":null}\n\n'
+    told = EventFilter(strip_usage=False, energy_j=energy_j).feed(delta + event)
+    assert told.startswith(delta), "other events stay as they are"
+    usage = json.loads(told[len(delta) + 6 :])["usage"]
+    assert usage == {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10, "energy_mj": 1234}
+    assert asked == [7]
+    unknown = EventFilter(strip_usage=False, energy_j=lambda usage: None).feed(event)
+    assert unknown == event
