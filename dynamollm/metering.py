@@ -6,14 +6,15 @@ GPU belongs to, in the ledger's terms.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from dynamollm.deployment import Deployment
 from energy.accounting import MeteredInstance, Use
-from energy.accounting_ledger import EnergyLedger
-from energy.accounting_meter import MeterReader, Slot
+from energy.accounting_ledger import SETTLE_S, EnergyLedger
+from energy.accounting_meter import Counters, MeterReader, Slot
 from energy.gpu import GpuReading
 from energy.profile import EnergyProfile, GpuState, StepCoefficients
 from pools.instances import Instance, InstanceState
@@ -69,6 +70,7 @@ class Metering:
         self._held = held
         self._clock = clock
         self._reader = MeterReader()
+        self._read: deque[tuple[float, Counters]] = deque()  # since the last that is settled
         self._power_w: dict[str, float] = {}
         self._readings: tuple[GpuReading, ...] = ()
         self.drawn_j = 0.0  # by all GPUs, since the first reading
@@ -110,8 +112,20 @@ class Metering:
             drawn_w = interval.energy_j / (interval.end_s - interval.begin_s)
             power_w[interval.instance.id] = power_w.get(interval.instance.id, 0.0) + drawn_w
         self._power_w = power_w
-        for _ in self._ledger.settling(self._heard_s(now_s)):
+        heard_s = self._heard_s(now_s)
+        for _ in self._ledger.settling(heard_s):
             await asyncio.sleep(0)  # requests first
+        self._read.append((now_s, self._reader.counters()))
+        while len(self._read) > 1 and self._read[1][0] <= heard_s - SETTLE_S:
+            self._read.popleft()
+
+    def settled_counters(self) -> Counters:
+        """Every counter as of the last reading that is wholly in the ledger: another may go on from there."""
+        return self._read[0][1] if self._read else {}
+
+    def resume(self, counters: Counters) -> None:
+        """Go on from another's settled counters, so that no joule between is lost."""
+        self._reader.resume(counters)
 
 
 class HeldGpus:

@@ -260,6 +260,7 @@ def check(settings: Settings) -> list[str]:
         *_check_slo(settings.slo),
         *_check_driver(settings),
         *_check_energy(settings.energy),
+        *_check_store(settings.store),
     ]
 
 
@@ -405,3 +406,9 @@ def _check_attached(settings: Settings) -> list[str]:
 def _check_energy(energy: EnergySettings) -> list[str]:
     given = [key for key in ("carbon_region", "carbon_file", "carbon_g_per_kwh") if getattr(energy, key) is not None]
     return [f"energy.{given[1]}: {given[0]} is given too; keep one"] if len(given) > 1 else []
+
+
+def _check_store(store: StoreSettings) -> list[str]:
+    if store.kind == "redis" and not store.url.startswith(("redis://", "rediss://", "unix://")):
+        return [f"store.url: must begin with redis://, rediss:// or unix://; found {store.url!r}"]
+    return []

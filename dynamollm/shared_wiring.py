@@ -216,5 +216,6 @@ def build_term(
         tail=tail,
         metering=metering,
         clock=clock,
+        unix_offset_s=offset_s,
     )
     return term

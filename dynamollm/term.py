@@ -50,6 +50,7 @@ class ControllerTerm:
     tail: LedgerTail
     metering: Metering | None
     clock: Callable[[], float]
+    unix_offset_s: float
     counterfactual: None = None  # requests are known to the gateways alone
 
     @property
@@ -103,9 +104,19 @@ class ControllerTerm:
             found = await self.store.published(BOOKS)
             if found is not None:
                 self.tail.restore(found[1])
+                self._resume_meters(found[1].get("meters", []))
             await self._read_stream()
         except (OSError, ValueError) as error:
             log.warning("the ledger of before cannot be used, it begins anew: %s", error)
+
+    def _meters(self) -> list[list[str | int | float]]:
+        """Where the GPUs' counters stood when all before was booked; Unix seconds."""
+        counters = self.metering.settled_counters() if self.metering else {}
+        return [[node, index, at_s + self.unix_offset_s, joules] for (node, index), (at_s, joules) in counters.items()]
+
+    def _resume_meters(self, meters: Iterable[tuple[str, int, float, float]]) -> None:
+        if self.metering is not None:
+            self.metering.resume({(n, i): (at_s - self.unix_offset_s, joules) for n, i, at_s, joules in meters})
 
     async def _book(self) -> None:
         while True:
@@ -125,7 +136,8 @@ class ControllerTerm:
         while True:
             version += 1
             try:
-                await self.store.publish(BOOKS, self.tail.snapshot(), (self.epoch, version))
+                books = {**self.tail.snapshot(), "meters": self._meters()}
+                await self.store.publish(BOOKS, books, (self.epoch, version))
             except OSError as error:
                 log.debug("the ledger cannot be saved: %s", error)
             await asyncio.sleep(SAVE_S)

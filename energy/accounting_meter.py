@@ -22,11 +22,22 @@ class _Last:
     power_w: float | None
 
 
+Counters = dict[Slot, tuple[float, float]]  # when it was read, and the joules it showed
+
+
 class MeterReader:
     """The last reading of every GPU."""
 
     def __init__(self) -> None:
         self._last: dict[Slot, _Last] = {}
+
+    def counters(self) -> Counters:
+        """Every energy counter as last read, for another reader to go on from."""
+        return {slot: (last.at_s, last.energy_j) for slot, last in self._last.items() if last.energy_j is not None}
+
+    def resume(self, counters: Counters) -> None:
+        """Go on from where another reader was; what was drawn since is in the first reading."""
+        self._last = {slot: _Last(at_s, energy_j, None) for slot, (at_s, energy_j) in counters.items()}
 
     def read(
         self, readings: Iterable[GpuReading], held: Mapping[Slot, MeteredInstance], now_s: float

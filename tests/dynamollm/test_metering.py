@@ -204,3 +204,30 @@ def test_metrics_count_what_the_ledger_books():
     assert registry.get_sample_value("dynamollm_metered_joules_total") == pytest.approx(800.0)
     served_j = joules("prefill") + joules("decode")
     assert registry.get_sample_value("dynamollm_tenant_energy_joules_total", {"tenant": "alice"}) == served_j
+
+
+def test_a_new_leader_books_what_was_drawn_since_the_old_one_settled():
+    """Two ledgers in turn: together they have booked every joule of the counters, once."""
+
+    def at(joules: float) -> list[GpuReading]:
+        return [GpuReading("node-0", index, f"GPU-{index}", "H100", 1980, None, joules, None) for index in range(4)]
+
+    clock = [0.0]
+    held = HeldGpus(deployment_of())
+
+    def metering(ledger, *joules: float) -> Metering:
+        return Metering(ScriptedMeter(*map(at, joules)), ledger, held, lambda: clock[0])
+
+    async def read(each: Metering, *times_s: float) -> None:
+        for at_s in times_s:
+            clock[0] = at_s
+            await each.once()
+
+    old_ledger, new_ledger_ = new_ledger(), new_ledger()
+    old = metering(old_ledger, *(100.0 * n for n in range(11)))
+    asyncio.run(read(old, *map(float, range(11))))
+    assert old_ledger.metered_j == 4 * 100.0 * (10 - SETTLE_S)  # the rest is lost with it
+    new = metering(new_ledger_, 2000.0, 2100.0)
+    new.resume(old.settled_counters())
+    asyncio.run(read(new, 20.0, 21.0 + SETTLE_S))
+    assert old_ledger.metered_j + new_ledger_.metered_j == pytest.approx(4 * 2000.0)

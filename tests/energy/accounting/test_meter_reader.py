@@ -49,3 +49,13 @@ def test_a_reading_that_was_missed_is_made_up_for_by_the_next():
     assert (first.instance, first.energy_j) == (replace(PAIR, gpus=1), 10.0)
     intervals = meter.read([reading(0, 20.0), reading(1, 25.0)], HELD, 2.0)
     assert sorted((i.begin_s, i.end_s, i.energy_j) for i in intervals) == [(0.0, 2.0, 25.0), (1.0, 2.0, 10.0)]
+
+
+def test_another_reader_goes_on_from_the_counters_of_one_and_no_joule_is_lost():
+    one, other = MeterReader(), MeterReader()
+    one.read([reading(0, 100.0), reading(1, 50.0), reading(2, None, 80.0)], HELD, 1.0)
+    counters = one.counters()
+    assert sorted(counters.values()) == [(1.0, 50.0), (1.0, 100.0)]
+    other.resume(counters)
+    (interval,) = other.read([reading(0, 130.0), reading(1, 90.0), reading(2, None, 80.0)], HELD, 5.0)
+    assert (interval.begin_s, interval.end_s, interval.energy_j) == (1.0, 5.0, 70.0)
