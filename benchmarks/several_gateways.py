@@ -276,7 +276,7 @@ def compare(
 
 @click.command()
 @click.option("--gateways", default=4, show_default=True)
-@click.option("--rate", "rates_rps", multiple=True, type=float, default=(20.0, 60.0, 100.0), show_default=True)
+@click.option("--rate", "rates_rps", multiple=True, type=float, default=(20.0, 60.0), show_default=True)
 @click.option("--instances", default=16, show_default=True)
 @click.option("--tp", default=4, show_default=True)
 @click.option("--duration", "duration_s", default=120.0, show_default=True)
