@@ -51,8 +51,8 @@ def test_the_targets_of_the_document_are_among_the_cases():
 
 @pytest.mark.slow
 def test_the_command_prints_json():
-    result = CliRunner().invoke(main, ["--solves", "1", "--only", "96 GPUs, 1 model, 2", "--json"])
+    result = CliRunner().invoke(main, ["--solves", "1", "--only", CASES[0].name, "--json"])
     assert result.exit_code == 0, result.output
     document = json.loads(result.output[result.output.index("{") :])
-    assert [t["gpus"] for t in document["solves"]] == [96]
+    assert [t["gpus"] for t in document["solves"]] == [CASES[0].gpus] == [96]
     assert set(document["clock_choice_s"]) == {"8", "64", "512"}
