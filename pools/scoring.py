@@ -132,15 +132,18 @@ def ttft_s(costs: Costs, load: Load, i: int, now_s: float, input_tokens: float) 
     return wait_s(load, i, now_s) + load.step_s[i] + prefill_s(costs, load, i, input_tokens)
 
 
-def tbt_s(costs: Costs, load: Load, i: int, input_tokens: float, output_tokens: float) -> float:
+def tbt_s(costs: Costs, load: Load, i: int, input_tokens: float, output_tokens: float, saved_s: float = 0.0) -> float:
     """Predicted mean time between tokens of those on instance ``i`` once such a request is among them.
 
     A decode step, and the prefills that interrupt it: each request is taken to be replaced, when it ends, by one like
-    it. A request alone is not interrupted by its own.
+    it. But a step reads no more than one chunk of prompt, however short the answers. A request alone is not interrupted
+    by its own. ``saved_s`` of its prefill is cached.
     """
     between_s = load.between_s[i] + costs.kv_s[i] * (input_tokens + 0.5 * output_tokens)
     if load.in_flight[i] > 0.0:
-        between_s += prefill_s(costs, load, i, input_tokens) / max(output_tokens, 1.0)
+        stall_s = (prefill_s(costs, load, i, input_tokens) - saved_s) / max(output_tokens, 1.0)
+        most_s = load.step_s[i] + costs.token_s[i] * costs.chunk_tokens[i] + costs.seq_s[i] - load.between_s[i]
+        between_s += min(stall_s, most_s)
     return between_s
 
 
@@ -184,9 +187,7 @@ def score(
     energy_j -= costs.prompt_j[i] * cached_tokens + costs.attention_j[i] * cached2
     saved_s = load.prompt_s[i] * cached_tokens + costs.attention_s[i] * cached2
     first = ttft_s(costs, load, i, now_s, input_tokens) - saved_s
-    between = tbt_s(costs, load, i, input_tokens, output_tokens)
-    if load.in_flight[i] > 0.0:
-        between -= saved_s / max(output_tokens, 1.0)
+    between = tbt_s(costs, load, i, input_tokens, output_tokens, saved_s)
     limit_s = margin * min(tbt_slo_s, load.tbt_limit_s[i])
     if first >= margin * ttft_budget_s or between >= limit_s:
         return INFINITE
@@ -211,13 +212,13 @@ def choose(
     ``ttft_budget_s`` is what is left until its deadline. The loop is ``ttft_s``, ``tbt_s`` and ``marginal_energy_j`` of
     above, written out, with what only depends on the kind of instance taken out of it: this is the gateway's hot path.
     """
-    kind, _, _, attention_s2, kv_s, prompt_j, output_j, attention_j, kv_j, step_j, _, _, _ = costs
+    kind, token_s, seq_s, attention_s2, kv_s, prompt_j, output_j, attention_j, kv_j, step_j, chunk_tokens, _, _ = costs
     in_flight, _, prefill_done_s, _, _, _, tbt_limit_s, step_s, between_s, prompt_s, free_tokens = load
     all_tokens = input_tokens + output_tokens
     per_output = 1.0 / max(output_tokens, 1.0)
     ttft_limit_s = margin * ttft_budget_s
     kind_now = empty_kind = -1.0
-    context_s = attention_s = base_j = steps_j = 0.0
+    context_s = attention_s = base_j = steps_j = chunk_s = 0.0
     best = NONE
     best_score = 1e300
     for i in candidates:
@@ -232,6 +233,7 @@ def choose(
             base_j = prompt_j[i] * input_tokens + output_j[i] * output_tokens
             base_j += attention_j[i] * attention_tokens2 + kv_j[i] * output_tokens * context_tokens
             steps_j = step_j[i] * output_tokens
+            chunk_s = token_s[i] * chunk_tokens[i] + seq_s[i]
         seqs = in_flight[i]
         if seqs == 0.0:
             if kind_now == empty_kind:  # as good as the last empty one
@@ -251,7 +253,9 @@ def choose(
             continue
         between = between_s[i] + context_s
         if seqs > 0.0:
-            between += prefill * per_output
+            stall_s = prefill * per_output
+            most_s = step_s[i] + chunk_s - between_s[i]
+            between += stall_s if stall_s < most_s else most_s
         limit_s = tbt_limit_s[i]
         if limit_s > tbt_slo_s:
             limit_s = tbt_slo_s
@@ -392,7 +396,7 @@ def settle(costs: Costs, load: Load, i: int, step_s: float) -> None:
     _, tokens_s, seq_s, _, _, _, _, _, _, _, chunk_tokens, max_seqs, capacity_tokens = costs
     token_s, seqs = tokens_s[i], in_flight[i]
     steps_s[i] = step_s
-    between_s[i] = step_s + token_s * prompt_share[i] + seq_s[i]
+    between_s[i] = step_s + token_s * min(prompt_share[i], chunk_tokens[i]) + seq_s[i]
     prompt_s[i] = token_s + step_s / chunk_tokens[i]
     if seqs >= max_seqs[i]:
         free_tokens[i] = -1.0

@@ -70,6 +70,27 @@ def test_predicted_tbt_bounds_the_profiles_step_of_those_decoding():
         assert exact_s <= predicted_s <= 1.5 * exact_s
 
 
+@pytest.mark.parametrize("outputs", [1.0, 3.0, 40.0])
+def test_no_more_than_a_chunk_of_prompt_stalls_a_step_however_short_the_answers(outputs):
+    c = Columns([STEP])
+    for _ in range(12):
+        c.add(0, 4000, outputs, started=True)
+    full_s = step_time_s(STEP, CHUNK, CHUNK**2, 13, 13 * 4000.0)
+    predicted_s = scoring.tbt_s(c.costs, c.load, 0, 4000, outputs)
+    assert predicted_s <= 1.5 * full_s
+    if outputs == 1.0:
+        assert predicted_s > CHUNK * c.costs.token_s[0]  # but one chunk it does read
+
+
+def test_short_answers_to_long_prompts_are_still_taken_in_while_a_full_step_keeps_the_promise():
+    c = Columns([STEP], tp=8)
+    full_s = c.costs.token_s[0] * CHUNK
+    for _ in range(4):
+        c.add(0, 600, 1.0, tbt_slo_s=1.0, started=True)
+    assert c.choose(inputs=600, outputs=1.0, ttft=2.0, tbt=2.0 * full_s) == 0
+    assert c.choose(inputs=600, outputs=1.0, ttft=2.0, tbt=0.5 * full_s) == NONE
+
+
 def test_waiting_grows_with_pending_prompts_and_shrinks_with_time():
     c = Columns([STEP])
     assert scoring.wait_s(c.load, 0, 0.0) == 0.0
