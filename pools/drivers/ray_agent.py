@@ -23,7 +23,8 @@ from energy.agent import NodeAgent
 from energy.gpu import ClockEvent, ClockLock, Gpu, GpuAgentError, GpuError, GpuReading
 from energy.leases import LeaseTable
 
-CALL_TIMEOUT_S = 30.0  # the first call waits for the actor's process
+CALL_TIMEOUT_S = 30.0
+FIRST_CALL_TIMEOUT_S = 120.0  # waits for the actor's process, on a node that may start many at once
 TICKS_A_TTL = 4
 
 
@@ -118,7 +119,7 @@ class ActorNode:
 
     def gpus(self) -> Sequence[Gpu]:
         """All of them. Raises ``GpuError``."""
-        boards: tuple[Board, ...] = self.ask("boards")
+        boards: tuple[Board, ...] = self.ask("boards", timeout_s=FIRST_CALL_TIMEOUT_S)
         return [ActorGpu(self, board) for board in boards]
 
     def readings(self) -> Sequence[GpuReading]:
@@ -148,10 +149,10 @@ class ActorNode:
         self._locked.discard(index)
         self.ask("reset", index)
 
-    def ask(self, method: str, *arguments: object) -> Any:
+    def ask(self, method: str, *arguments: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """Call the actor. Raises the ``GpuError`` it raised, ``GpuAgentError`` where it does not answer."""
         try:
-            return ray.get(getattr(self._agent(), method).remote(*arguments), timeout=CALL_TIMEOUT_S)
+            return ray.get(getattr(self._agent(), method).remote(*arguments), timeout=timeout_s)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, GpuError) else GpuAgentError(str(error))) from None
         except RayError as error:

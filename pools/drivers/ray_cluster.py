@@ -27,7 +27,7 @@ from pools.drivers.ray_agent import AgentActor, AgentSetup
 from pools.drivers.ray_supervisor import Supervised, Supervisor, SupervisorSetup
 
 INSTANCE, AGENT = "instance:", "agent:"  # prefixes of actors' and placement groups' names
-CALL_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = 120.0  # a call may wait for a process to be started
 STRICT_PACK = "STRICT_PACK"
 
 

@@ -55,7 +55,7 @@ def settings(folder: Path, instances: int = 0, policy: str = "static", leave_run
             "ray",
             startup_s=0.1,
             ray=RaySettings(namespace=NAMESPACE, engine="emulated", leave_running=leave_running),
-            vllm=VllmSettings(log_dir=str(folder), start_timeout_s=60.0),
+            vllm=VllmSettings(log_dir=str(folder), start_timeout_s=120.0),
         ),
         controller=ControllerSettings(policy, warm_up_s=0.5),
     )
@@ -78,7 +78,7 @@ class World:
     async def start(self, instance_id: str, node: str, tp: int = 1) -> None:
         await self.runner.start_instance(self.deployment.specify(POOL, tp, None, node, instance_id))
 
-    async def until(self, holds: Callable[[], bool], within_s: float = 60.0) -> None:
+    async def until(self, holds: Callable[[], bool], within_s: float = 120.0) -> None:
         async with asyncio.timeout(within_s):
             while not holds():  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.1)
@@ -132,7 +132,7 @@ class Load:
     async def more(self, answers: int) -> int:
         """Wait for so many more good answers; returns how many failed meanwhile."""
         done, failed = self.done + answers, self.failed
-        async with asyncio.timeout(60.0):
+        async with asyncio.timeout(120.0):
             while self.done < done:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.05)
         return self.failed - failed
@@ -144,7 +144,7 @@ class Load:
         await self._client.aclose()
 
 
-async def reach(world: World, groups: dict[int, int], within_s: float = 90.0) -> None:
+async def reach(world: World, groups: dict[int, int], within_s: float = 180.0) -> None:
     """Follow a plan of so many instances by TP, as a controller does: what is missing is ordered again and again."""
     plan_groups = tuple(PlanGroup(POOL, tp, 1980, 0.5, count) for tp, count in groups.items())
     plan = Plan(7, 1, time.monotonic(), 600.0, (POOL,), plan_groups, np.ones((9, 1)))
@@ -182,7 +182,12 @@ def test_a_node_is_lost_under_load_and_a_tp8_finds_its_place_among_spread_tp1s(r
         async with running(settings(tmp_path)) as world:
             await world.until(lambda: not world.driver.lost_nodes())
             spread = {f"one-{number}": NODES[number % 3] for number in range(8)}
-            await asyncio.gather(*(world.start(name, node) for name, node in spread.items()))
+
+            async def fill(node: str) -> None:
+                for name in [name for name, where in spread.items() if where == node]:
+                    await world.start(name, node)
+
+            await asyncio.gather(*(fill(node) for node in NODES))
             await world.until(lambda: world.ready() == spread)
             load = Load(world.url, clients=6)
             try:
