@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from energy.accounting import User
+from pools.classes import RequestClass
 from pools.escalation import Escalated
 from pools.request import Assigned, Decision, Rejected, Request
 from proxy.outcome import Outcome
 from proxy.services import Router
+
+_USERS = 4096  # kept made: one is looked up for every request
 
 
 class Ledger(Protocol):
@@ -53,6 +56,7 @@ class AccountedRouter:
         self._ledger = ledger
         self._first_token = first_token
         self._arrived = arrived
+        self._users: dict[tuple[str, str, RequestClass, str], User] = {}  # made before
         self.on_finished = router.on_finished  # the end is told by the outcome, which has the engine's tokens
         self.on_failed = router.on_failed
         self.on_cancelled = router.on_cancelled
@@ -89,7 +93,12 @@ class AccountedRouter:
         self._router.on_first_token(request_id, now_s)
 
     def _began(self, request: Request, assigned: Assigned, now_s: float) -> None:
-        user = User(request.model, assigned.pool, request.request_class.name, request.tenant)
+        key = request.model, assigned.pool, request.request_class, request.tenant
+        user = self._users.get(key)
+        if user is None:
+            if len(self._users) >= _USERS:
+                self._users.clear()
+            user = self._users[key] = User(key[0], key[1], request.request_class.name, key[3])
         self._ledger.began(request.id, user, assigned.instance_id, request.input_tokens, now_s)
 
 

@@ -59,18 +59,17 @@ class LengthLimits:
 class _Credit:
     """How far a part of the expectation is believed: the slope of what came on what it said beforehand, 0..1."""
 
-    __slots__ = ("agreed", "said")
+    __slots__ = ("agreed", "said", "share")
 
     def __init__(self) -> None:
-        self.said = self.agreed = 0.0
+        self.stand(0.0, 0.0)
 
-    @property
-    def share(self) -> float:
-        return min(max((self.agreed + 0.5 * _PROOFS) / (self.said + _PROOFS), 0.0), 1.0)
+    def stand(self, said: float, agreed: float) -> None:
+        self.said, self.agreed = said, agreed
+        self.share = min(max((agreed + 0.5 * _PROOFS) / (said + _PROOFS), 0.0), 1.0)
 
     def judge(self, said: float, missing: float, weight: float) -> None:
-        self.said = self.said / _GROWTH + weight * said * said
-        self.agreed = self.agreed / _GROWTH + weight * said * missing
+        self.stand(self.said / _GROWTH + weight * said * said, self.agreed / _GROWTH + weight * said * missing)
 
 
 class _Model:
@@ -277,7 +276,7 @@ class LearnedLengths:
             model.answers = max(_finite(numbers[1]), 0.0)
             model.low, model.high = (_within(_finite(number), _MOST_MOVED) for number in numbers[2:4])
             for credit, (said, agreed) in zip((model.form, model.text), credits, strict=True):
-                credit.said, credit.agreed = max(_finite(said), 0.0), _finite(agreed)
+                credit.stand(max(_finite(said), 0.0), _finite(agreed))
             for number, count, seen in bins:
                 if len(seen) != CELLS or not all(math.isfinite(w) and w >= 0.0 for w in seen):
                     raise ValueError(f"length snapshot: {name} has no {CELLS} finite weights; delete the snapshot")

@@ -34,7 +34,12 @@ class LengthCosts:
     def cheapest(self, input_size: int, shares: Row) -> int:
         """The output size that costs least if the true one has these probabilities; of equals the smallest."""
         a, b, c = shares
-        expected = [row[0] * a + row[1] * b + row[2] * c for row in self.joules[input_size]]
+        short, medium, long = self.joules[input_size]
+        expected = (
+            short[0] * a + short[1] * b + short[2] * c,
+            medium[0] * a + medium[1] * b + medium[2] * c,
+            long[0] * a + long[1] * b + long[2] * c,
+        )
         return expected.index(min(expected))
 
     @staticmethod

@@ -44,8 +44,8 @@ def ledger():
     return ledger
 
 
-def request_of(request_id):
-    return Request(request_id, "llama", 0.0, 600, 100.0, RequestClass.MM, Slo(0.4, 0.1), tenant="alice")
+def request_of(request_id, tenant="alice"):
+    return Request(request_id, "llama", 0.0, 600, 100.0, RequestClass.MM, Slo(0.4, 0.1), tenant=tenant)
 
 
 def outcome_of(request, ended_s=3.0):
@@ -94,3 +94,14 @@ def test_one_that_waited_begins_when_it_is_released(router, ledger):
     assert accounts.energy_j(outcome_of(late)) is None
     accounts.book(outcome_of(late))
     assert sum(row.requests for row in rows_of(ledger).values()) == 0
+
+
+def test_more_tenants_than_are_remembered_are_told_apart(router, ledger):
+    accounted, accounts = AccountedRouter(router, ledger), GatewayAccounts(ledger)
+    for n in range(5000):
+        request = request_of(f"r{n}", tenant=f"t{n % 4500}" if n else "alice")
+        accounted.route(request, 1.0)
+        accounts.book(outcome_of(request, 2.0))
+    rows = rows_of(ledger)
+    assert (rows["MM", "alice"].requests, rows["MM", "t1"].requests) == (1, 2)
+    assert sum(row.requests for row in rows.values()) == 5000
