@@ -185,6 +185,40 @@ def table(summaries: list[Summary]) -> Table:
     return out
 
 
+def markdown(summaries: list[Summary], rounds: int) -> str:
+    """The same for reading on: what it was measured on, then a row for each scenario and gateway."""
+    told = ", ".join(f"{name} {value}" for name, value in machine().items())
+    names = (
+        "scenario",
+        "gateway",
+        "CPU ms",
+        "ours / it",
+        "TTFT P99 ms",
+        "event P99 ms",
+        "RSS MB",
+        "loop P99 ms",
+        "failed",
+    )
+    lines = [
+        f"Medians of {rounds} rounds; {told}; load average {os.getloadavg()[0]:.1f} at the end.",
+        "",
+        "| " + " | ".join(names) + " |",
+        "|---|---|" + "---:|" * (len(names) - 2),
+    ]
+    for e in summaries:
+        cells = (e.scenario, e.gateway, f"{e.cpu_ms:.4f}", f"{e.cpu_ratio:.2f}", _shown(e.ttft_p99_ms))
+        more = (_shown(e.event_age_p99_ms), f"{e.rss_mb:.0f}", _shown(e.lag_p99_ms), str(e.failed))
+        lines.append("| " + " | ".join((*cells, *more)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
 def plot(summaries: list[Summary], file: Path) -> None:
     """CPU a request, one panel a scenario; logarithmic where one gateway costs far more than another."""
     import matplotlib as mpl
@@ -237,7 +271,12 @@ def _shown(value_ms: float | None) -> str:
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--gateways", "names", default=",".join(COMMANDS), show_default=True)
 @click.option("--scenarios", default=",".join(s.name for s in SCENARIOS), show_default=True)
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all runs here.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write all runs here, and a table beside.",
+)
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the CPU costs here.")
 def main(rounds: int, names: str, scenarios: str, json_file: Path | None, plot_file: Path | None) -> None:
     """Measure gateways in front of two mock engines."""
@@ -268,9 +307,8 @@ def main(rounds: int, names: str, scenarios: str, json_file: Path | None, plot_f
             "summaries": [asdict(each) for each in summaries],
             "runs": [asdict(run) for run in runs],
         }
-        temporary = json_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-        os.replace(temporary, json_file)
+        write(json_file, json.dumps(document, indent=1) + "\n")
+        write(json_file.with_suffix(".md"), markdown(summaries, rounds))
     if plot_file is not None:
         plot(summaries, plot_file)
 

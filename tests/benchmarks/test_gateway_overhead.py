@@ -17,6 +17,7 @@ from benchmarks.gateway_overhead import (
     lag_buckets,
     lag_p99_ms,
     machine,
+    markdown,
     plot,
     run_once,
     summarise,
@@ -37,6 +38,10 @@ def test_medians_and_ratios_within_a_scenario():
     assert (nginx.cpu_ratio, nginx.failed) == (2.5, 3)
     assert (streams.ttft_p99_ms, streams.event_age_p99_ms, streams.rounds) == (1.5, 1.0, 1)
     assert table([ours, nginx, streams]).row_count == 3
+    lines = markdown([ours, nginx, streams], 3).splitlines()
+    assert lines[0].startswith("Medians of 3 rounds; cores ")
+    assert lines[4] == "| plain-300 | dynamollm | 0.0500 | 1.00 |  |  | 102 |  | 0 |"
+    assert {line.count("|") for line in lines[2:]} == {10}
 
 
 def test_a_plot_is_drawn(tmp_path):
