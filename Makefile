@@ -66,6 +66,10 @@ experiment: $(STAMP)  ## Run the paper's experiments in virtual time and write d
 
 LOCK := pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
   --no-emit-index-url --quiet
+.PHONY: live-control
+live-control: $(STAMP)  ## Run the controller over a live emulated cluster at ten times a trace's pace: 6 min (ARGS="--speedup 5")
+	$(BIN)/python -m benchmarks.live_control $(ARGS)
+
 lock: $(STAMP)  ## Resolve the dependencies anew into requirements.lock, those of the image into deploy/requirements.lock
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv $(LOCK) --group dev --upgrade -o requirements.lock

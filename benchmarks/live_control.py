@@ -1,10 +1,13 @@
 """The live demonstration: `dynamollm serve` with its controller, a trace replayed through it, watched from outside.
 
-``python -m benchmarks.live_control --trace azure-conv --speedup 10 --duration 3600``
+    python -m benchmarks.live_control --speedup 10 --duration 3600    (six minutes at ten times the trace's pace)
+    python -m benchmarks.live_control --speedup 1 --duration 600 --out FOLDER    (parity by the clock)
 
-Starts the gateway with the built-in cluster and the replay as processes of their own, asks ``/admin/status`` every two
-seconds, and afterwards simulates ``single-pool`` on the same arrivals, sped up alike. Writes a JSON and a plot: load,
-GPUs by TP, clocks and power over time. Energy is the emulated GPUs' own counters, requests are the replay's account.
+Starts the gateway with the built-in cluster and the replay as processes of their own and asks ``/admin/status`` every
+two seconds. Afterwards the same arrivals are simulated, sped up alike: under ``single-pool``, and as the configuration
+itself (`dynamollm simulate --config built-in`), to compare energy and attainment with. Writes a JSON and a plot: load,
+GPUs by TP, clocks and power over time. Energy is the emulated GPUs' own counters, requests are the replay's account,
+what was saved so far is the gateway's own word.
 """
 
 import argparse
@@ -31,8 +34,8 @@ from energy.adapters.catalogue import load_profile
 from simulator.experiment import Scenario, prepare
 from simulator.simulation import simulate
 from simulator.workload.adapters.catalogue import open_workload
-from simulator.workload.arrivals import Arrivals, Workload
-from simulator.workload.transform import window
+from simulator.workload.arrivals import Workload
+from simulator.workload.transform import sped_up, window
 
 OUT = Path(__file__).resolve().parent / "results" / "live-control"
 PERIOD_S = 2.0
@@ -53,6 +56,7 @@ def main() -> None:
     with served(given.port):
         samples, report = watched(url, given.trace, given.speedup, given.duration)
         decisions = httpx.get(f"{url}/admin/decisions", params={"last": 500}, timeout=30).json()
+        compared = httpx.get(f"{url}/admin/status", timeout=30).json()["counterfactual"]
     workload = sped_up(window(open_workload(given.trace), 0.0, given.duration), given.speedup)
     baseline_j = single_pool_j(workload)
     result = {
@@ -62,13 +66,20 @@ def main() -> None:
         "changes": changes_of(decisions),
         "energy_j": energy_of(samples),
         "single_pool_simulated_j": baseline_j,
+        "saved_so_far": compared,
+        "simulated": parity(as_configured(given), report, samples),
         "samples": samples,
     }
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "run.json").write_text(json.dumps(result, indent=1))
     plot(samples, given.out / "run.png")
     saved = 1.0 - energy_of(samples) / baseline_j
-    print(json.dumps({k: result[k] for k in ("changes", "energy_j", "single_pool_simulated_j")}, indent=1))
+    print(
+        json.dumps(
+            {k: result[k] for k in ("changes", "energy_j", "single_pool_simulated_j", "saved_so_far", "simulated")},
+            indent=1,
+        )
+    )
     print(
         f"energy against single-pool (simulated, {8 * NODES} GPUs always on): {-saved:+.1%}; plot {given.out}/run.png"
     )
@@ -77,8 +88,7 @@ def main() -> None:
 @contextmanager
 def served(port: int) -> Iterator[None]:
     """The gateway as a person starts it; ended by SIGINT."""
-    environ = {**os.environ, "DYNAMOLLM_CONTROLLER__WARM_UP_S": "10", "DYNAMOLLM_DRIVER__STARTUP_S": "5"}
-    process = subprocess.Popen([sys.executable, "-m", "dynamollm", "serve", "--port", str(port)], env=environ)
+    process = subprocess.Popen([sys.executable, "-m", "dynamollm", "serve", "--port", str(port)])
     try:
         deadline_s = time.monotonic() + 60
         while time.monotonic() < deadline_s and process.poll() is None:
@@ -144,15 +154,32 @@ def changes_of(decisions: dict[str, Any]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def sped_up(workload: Workload, speedup: float) -> Workload:
-    """The same requests, closer together."""
+def as_configured(given: argparse.Namespace) -> dict[str, Any]:
+    """The simulator's word on the same arrivals under the very same configuration."""
+    output = subprocess.run(
+        f"{sys.executable} -m dynamollm simulate --json --config built-in --trace {given.trace} "
+        f"--speedup {given.speedup} --duration {given.duration}".split(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    run: dict[str, Any] = json.loads(output)["runs"][0]
+    return run
 
-    def chunks() -> Iterator[Arrivals]:
-        for chunk in workload.chunks():
-            yield Arrivals(chunk.arrival_s / speedup, chunk.input_tokens, chunk.output_tokens)
 
-    name, duration_s = f"{workload.name} at {speedup:g}x", workload.duration_s / speedup
-    return Workload(name, duration_s, workload.expected_requests, chunks)
+def parity(simulated: dict[str, Any], report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The simulation beside what was measured; energy as mean power, for the two end some seconds apart."""
+    live_w = energy_of(samples) / (samples[-1]["at_s"] - samples[0]["at_s"])
+    simulated_w = simulated["energy_j"] / simulated["horizon_s"]
+    return {
+        "energy_j": simulated["energy_j"],
+        "slo_attainment": simulated["slo_attainment"],
+        "changes": simulated["changes"],
+        "live_w": live_w,
+        "simulated_w": simulated_w,
+        "energy_off_by": live_w / simulated_w - 1.0,
+        "live_slo_attainment": report["total"]["within_slo"],
+    }
 
 
 def single_pool_j(workload: Workload) -> float:

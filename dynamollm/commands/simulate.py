@@ -1,6 +1,7 @@
 """``dynamollm simulate``: run policies over a trace in virtual time and compare energy, cost, CO2 and SLOs."""
 
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,11 @@ from rich.console import Console
 
 from benchmarks.simulation_plots import plot_runs
 from benchmarks.simulation_report import print_runs, store_run
+from dynamollm.adapters.configuration import load
 from dynamollm.adapters.own_stdout import libraries_to_stderr
+from dynamollm.counterfactual import OWN
 from dynamollm.errors import UserError
+from dynamollm.shadow_wiring import ShadowWorld
 from energy.adapters.capacity_file import load_capacity
 from energy.adapters.catalogue import load_profile, profile_names
 from energy.profile import ProfileError
@@ -22,7 +26,7 @@ from simulator.results import RunResult
 from simulator.simulation import simulate
 from simulator.workload.adapters.catalogue import NAMED, open_workload
 from simulator.workload.arrivals import Workload, WorkloadError
-from simulator.workload.transform import window
+from simulator.workload.transform import sped_up, window
 from solver.policies import POLICY_NAMES
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -39,6 +43,8 @@ H100_USD_PER_HOUR = 2.25  # on-demand price seen in December 2025; --gpu-price f
 @click.option(
     "--profile", default="llama-3.1-70b-fp8-h100", show_default=True, help="Name or file of an energy profile."
 )
+@click.option("--config", help="Simulate what `dynamollm serve --config` would do; `built-in`: its own cluster.")
+@click.option("--speedup", type=POSITIVE, default=1.0, help="Requests come this many times as fast, as in `replay`.")
 @click.option("--rate-scale", type=POSITIVE, default=1.0, help="Thin out or superpose to this multiple of the rate.")
 @click.option("--start", "start_s", type=click.FloatRange(min=0), default=0.0, help="Begin at this second.")
 @click.option("--duration", "duration_s", type=POSITIVE, help="Simulate this many seconds of the trace.")
@@ -76,6 +82,8 @@ def command(
     policies: str,
     gpus: int,
     profile: str,
+    config: str | None,
+    speedup: float,
     rate_scale: float,
     start_s: float,
     duration_s: float | None,
@@ -107,6 +115,15 @@ def command(
         known_loads=loads == "known",
     )
     settings = {"rate_scale": rate_scale, "lengths": lengths, "accuracy": accuracy, "loads": loads, "grid": grid}
+    workload = sped_up(workload, speedup)
+    if config is not None:
+        with libraries_to_stderr():
+            result = _as_configured(None if config == "built-in" else Path(config), workload, seed)
+        if as_json:
+            click.echo(json.dumps({"runs": [result.as_json()]}))
+        else:
+            print_runs([result], Console(width=max(Console().width, 120)))
+        return
     runs = []
     for name in policies.split(","):
         with libraries_to_stderr():
@@ -126,6 +143,12 @@ def _lengths(lengths: str, accuracy: float | None) -> TrueLengths | None:
     if accuracy is not None:
         return TrueLengths(accuracy)
     return TrueLengths() if lengths == "true" else None
+
+
+def _as_configured(config: Path | None, workload: Workload, seed: int) -> RunResult:
+    settings = load(config, os.environ)
+    setup, controller = ShadowWorld(settings, OWN)()
+    return simulate(setup, workload, controller, settings.controller.policy, seed)
 
 
 def _workload(trace: str, seed: int, rate_scale: float, start_s: float, duration_s: float | None) -> Workload:

@@ -69,3 +69,11 @@ def test_a_table_for_people(tmp_path):
 def test_what_cannot_be_run_is_said(tmp_path, more, said):
     with pytest.raises(UserError, match=said):
         CliRunner().invoke(command, [*ARGS, "--out", str(tmp_path), *more], catch_exceptions=False)
+
+
+def test_a_configuration_is_simulated_as_serve_would_run_it(tmp_path):
+    (run,) = json.loads(simulate(tmp_path, "--config", "built-in", "--speedup", "2", "--json"))["runs"]
+    assert run["requests"] == run["finished"] > 500
+    assert 150.0 <= run["horizon_s"] < 200.0, "300 s at twice the pace, and the last answers"
+    assert run["gpus"] == 32
+    assert run["changes"]["clock"] > 0
