@@ -258,3 +258,5 @@ def test_a_controller_that_stands_by_says_so_and_a_gateway_asks_the_one_that_lea
     relayed = through.get("/admin/energy?since_s=60", headers={"authorization": "Bearer k"})
     assert (relayed.status_code, relayed.json()) == (418, {"at": "http://leader:1/admin/energy?since_s=60"})
     assert asked[-1].headers["authorization"] == "Bearer k"
+    through.post("/admin/policy", json={"policy": "static"})
+    assert (asked[-1].method, asked[-1].content) == ("POST", b'{"policy":"static"}')
