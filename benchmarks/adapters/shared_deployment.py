@@ -20,16 +20,17 @@ from redis import Redis
 from benchmarks.adapters.redis_server import RedisServer
 
 MODEL = "llama"
+NODES = ("node-0", "node-1", "node-2")
 TERM_EPOCHS = 1000  # plans of the term of epoch 2 have epochs from 2000 on
 UP_WITHIN_S = 120.0  # bounds a hang, measures nothing
 
 
 def configuration(redis_url: str, control_url: str) -> dict[str, Any]:
-    """Eight emulated instances on two nodes, planned by the default policy."""
+    """Eight emulated instances, planned by the default policy; a third node has room for what replaces them."""
     pool = {"model": MODEL, "tp": 2, "instances": 4}
     return {
         "models": [{"name": MODEL, "profile": "llama-3.1-70b-fp8-h100"}],
-        "nodes": [{"name": "node", "gpus": 8, "count": 2}],
+        "nodes": [{"name": "node", "gpus": 8, "count": len(NODES)}],
         "pools": [
             {"name": "SM", "request_class": "SM", **pool},
             {"name": "LL", "request_class": "LL", **pool},
@@ -37,7 +38,7 @@ def configuration(redis_url: str, control_url: str) -> dict[str, Any]:
         "driver": {
             "kind": "emulator",
             "startup_s": 0.2,
-            "emulators": {"node-0": control_url, "node-1": control_url},
+            "emulators": dict.fromkeys(NODES, control_url),
         },
         "controller": {"policy": "dynamollm", "warm_up_s": 5},
         "store": {"kind": "redis", "url": redis_url},
@@ -149,9 +150,8 @@ class Deployment:
 
     def __init__(self, folder: Path) -> None:
         self.redis = RedisServer(folder)
-        self.nodes = Process(
-            "emulate", "--node", "node-0=8xH100-SXM", "--node", "node-1=8xH100-SXM", says=r"control\s+(http://\S+)"
-        )
+        machines = [word for name in NODES for word in ("--node", f"{name}=8xH100-SXM")]
+        self.nodes = Process("emulate", *machines, says=r"control\s+(http://\S+)")
         self._file = folder / "cluster.yaml"
         self._file.write_text(yaml.safe_dump(configuration(self.redis.url, self.nodes.up())))
         self.controllers = {name: self._role("controller", name) for name in ("c1", "c2")}
