@@ -158,8 +158,11 @@ class RayDriver:
         for name, node_id in self._bound.items():
             if node_id not in ids:
                 log.warning("node %s is lost", name)
+        # a node without a namesake stands first for a name that somebody waits for
+        asked = {spec.gpus[0].node for spec in self._specs.values()}
+        nodes = {name: self._nodes[name] for name in sorted(self._nodes, key=lambda name: name not in asked)}
         async with self._seen:
-            self._bound = bind(self._nodes, alive, self._bound)
+            self._bound = bind(nodes, alive, self._bound)
             self._seen.notify_all()
         for running in tuple(self._running.values()):
             if running.node_id not in ids and running.stopping is None:
