@@ -173,10 +173,12 @@ class ControllerSettings:
 
 @dataclass(frozen=True, slots=True)
 class EnergySettings:
-    """What energy costs, in CO2 and money. At most one of the three ``carbon_`` keys."""
+    """What energy costs, in CO2 and money. At most one source of carbon intensity."""
 
     carbon_region: str | None = None  # a cloud region's yearly mean; nothing set: us-west2, the paper's California
     carbon_file: str | None = None  # hourly: CSV with columns timestamp and avg_CI, gCO2/kWh
+    carbon_zone: str | None = None  # Electricity Maps, live, as DE or US-CAL-CISO; until it answers: us-west2
+    carbon_token: str | None = None  # for carbon_zone; better as DYNAMOLLM_ENERGY__CARBON_TOKEN
     carbon_g_per_kwh: Annotated[float, Field(ge=0, le=2000)] | None = None
     gpu_hour_usd: dict[str, float] = field(default_factory=dict)  # over the shipped prices, by GPU name
     electricity_usd_per_kwh: Annotated[float, Field(ge=0, le=10)] = 0.0  # 0: part of the rented GPU-hour
@@ -404,8 +406,12 @@ def _check_attached(settings: Settings) -> list[str]:
 
 
 def _check_energy(energy: EnergySettings) -> list[str]:
-    given = [key for key in ("carbon_region", "carbon_file", "carbon_g_per_kwh") if getattr(energy, key) is not None]
-    return [f"energy.{given[1]}: {given[0]} is given too; keep one"] if len(given) > 1 else []
+    sources = ("carbon_region", "carbon_file", "carbon_zone", "carbon_g_per_kwh")
+    given = [key for key in sources if getattr(energy, key) is not None]
+    problems = [f"energy.{given[1]}: {given[0]} is given too; keep one"] if len(given) > 1 else []
+    if (energy.carbon_zone is None) != (energy.carbon_token is None):
+        problems.append("energy.carbon_token: a zone needs the token of Electricity Maps, and a token a zone")
+    return problems
 
 
 def _check_store(store: StoreSettings) -> list[str]:

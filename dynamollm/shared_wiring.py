@@ -19,6 +19,7 @@ from dynamollm.commander import Commander
 from dynamollm.control_loop import FIRST_LOOK_S, AsyncController, ControlLoop, StaticController
 from dynamollm.controller_recipe import controller_recipe
 from dynamollm.deployment import Deployment
+from dynamollm.errors import UserError
 from dynamollm.kubernetes_wiring import build_leadership
 from dynamollm.leadership import Candidate
 from dynamollm.learning import GatewayLengths
@@ -121,6 +122,8 @@ def build_commander(
     settings: Settings, name: str, clock: Callable[[], float] = monotonic_s
 ) -> Commander[ControllerTerm]:
     """Put a controller together; starts nothing. Raises ``UserError`` for a profile or a file it cannot use."""
+    if settings.energy.carbon_zone is not None:
+        raise UserError("energy.carbon_zone: asked by a deployment of one process alone; use carbon_file")
     store = build_store(settings.store)
     candidate = Candidate(build_leadership(settings, store, clock), name, settings.controller.lease_s, clock)
     collected, history, offset_s = Collected(), LoadHistory(), unix_offset_s()

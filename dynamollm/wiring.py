@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 from prometheus_client import ProcessCollector
 
 from dynamollm.accounts import AccountedRouter, GatewayAccounts, nobody
@@ -41,6 +42,7 @@ from energy.accounting_ledger import EnergyLedger
 from energy.accounting_metrics import LedgerMetrics
 from energy.adapters.agent_meter import AgentMeter
 from energy.adapters.capacity_file import load_capacity
+from energy.adapters.carbon_electricity_maps import ElectricityMapsIntensity
 from energy.adapters.carbon_file import read_hourly
 from energy.adapters.catalogue import load_profile
 from energy.carbon import CarbonError, CarbonIntensity, StaticIntensity, intensity_of_region
@@ -84,6 +86,7 @@ class Application:
     clock: Callable[[], float]
     history: LoadHistory
     unix_offset_s: float
+    carbon: ElectricityMapsIntensity | None  # what has to be asked now and then
 
 
 def build(
@@ -104,7 +107,8 @@ def build(
     meter = build_meter(driver)
     runner = Runner(deployment, driver, router, probe, clock, startup_s=settings.driver.startup_s)
     operations = Operations(deployment, driver, runner, clock)
-    ledger = build_ledger(settings.energy)
+    carbon = build_carbon(settings.energy)
+    ledger = build_ledger(settings.energy, carbon)
     accounts = GatewayAccounts(ledger)
     metering = Metering(meter, ledger, HeldGpus(deployment), clock) if meter else None
     counterfactual = build_counterfactual(settings, metering, clock, shadows)
@@ -164,6 +168,7 @@ def build(
         clock=clock,
         history=history,
         unix_offset_s=offset_s,
+        carbon=carbon if isinstance(carbon, ElectricityMapsIntensity) else None,
     )
 
 
@@ -220,14 +225,19 @@ def build_store(store: StoreSettings) -> Store:
             return SqliteStore()
 
 
-def build_ledger(energy: EnergySettings) -> EnergyLedger:
+def build_ledger(energy: EnergySettings, carbon: CarbonIntensity | None = None) -> EnergyLedger:
     """The books. Raises ``UserError`` for a region or a file it does not know."""
     prices = Prices({**GPU_HOUR_USD, **energy.gpu_hour_usd}, energy.electricity_usd_per_kwh)
-    return EnergyLedger(build_carbon(energy), prices, unix_offset_s())
+    return EnergyLedger(carbon or build_carbon(energy), prices, unix_offset_s())
 
 
 def build_carbon(energy: EnergySettings) -> CarbonIntensity:
     """The grid's carbon intensity. Raises ``UserError`` for a region or a file it does not know."""
+    if energy.carbon_zone is not None and energy.carbon_token is not None:
+        client = httpx.AsyncClient(timeout=10.0)
+        return ElectricityMapsIntensity(
+            client, energy.carbon_zone, energy.carbon_token, intensity_of_region(DEFAULT_REGION)
+        )
     if energy.carbon_g_per_kwh is not None:
         return StaticIntensity(energy.carbon_g_per_kwh, "energy.carbon_g_per_kwh of the configuration")
     try:

@@ -144,6 +144,8 @@ async def _run_cluster(application: Application) -> None:
             tasks.create_task(application.persistence.run())
             if application.metering is not None:
                 tasks.create_task(application.metering.run())
+            if application.carbon is not None:
+                tasks.create_task(application.carbon.run())
             await application.runner.settled()
             tasks.create_task(application.control.run())
             if application.counterfactual is not None:

@@ -4,11 +4,15 @@
 answer, and once the last is older than ``stale_s``, it answers from the fallback.
 """
 
+import asyncio
+import logging
 from datetime import datetime
 
 import httpx
 
 from energy.carbon import CarbonError, CarbonIntensity
+
+log = logging.getLogger("dynamollm.carbon")
 
 URL = "https://api.electricitymaps.com"
 REFRESH_S = 900.0  # the grid's figures change by the hour, and are published late
@@ -44,6 +48,15 @@ class ElectricityMapsIntensity:
         if self._heard is None or unix_s - self._heard[0] > self._stale_s:
             return self._fallback.g_per_kwh(unix_s)
         return self._heard[1]
+
+    async def run(self) -> None:
+        """Ask every ``REFRESH_S`` until cancelled; a failure is said, and the last answer or the fallback stays."""
+        while True:
+            try:
+                await self.refresh()
+            except CarbonError as error:
+                log.warning("%s", error)
+            await asyncio.sleep(REFRESH_S)
 
     async def refresh(self) -> None:
         """Ask once. Raises ``CarbonError``; what was heard before stays. Call every ``REFRESH_S``."""

@@ -105,6 +105,7 @@ def test_show_never_prints_a_key(tmp_path):
             "controller.policy: attached servers are not this gateway's to start or clock; use static",
         ),
         ({"store": {"kind": "redis", "url": "h:6379"}}, "store.url: must begin with redis://"),
+        ({"energy": {"carbon_zone": "DE"}}, "energy.carbon_token: a zone needs the token"),
         ({"energy": {"carbon_region": "x", "carbon_g_per_kwh": 1}}, "energy.carbon_g_per_kwh: carbon_region is given"),
         ({"energy": {"electricity_usd_per_mwh": 1}}, "energy.electricity_usd_per_mwh: unknown key; did you mean"),
         ({"driver": {"urls": {"all": ["http://h"]}}}, "driver.urls: only the attach driver takes URLs"),

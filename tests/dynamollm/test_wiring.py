@@ -138,6 +138,16 @@ def test_carbon_comes_from_where_it_was_asked_for():
     assert default.g_per_kwh(0.0) == wiring.build_carbon(EnergySettings(carbon_region="us-west2")).g_per_kwh(0.0)
 
 
+def test_a_zone_is_asked_live_and_answers_as_the_default_region_until_then():
+    energy = EnergySettings(carbon_zone="DE", carbon_token="secret")
+    carbon = wiring.build_carbon(energy)
+    assert carbon.source == "Electricity Maps, zone DE"
+    assert carbon.g_per_kwh(0.0) == wiring.build_carbon(EnergySettings()).g_per_kwh(0.0)
+    application = wiring.build(settings_with(energy=energy, controller=STATIC), clock=lambda: 5.0)
+    assert application.carbon is not None
+    assert wiring.build(settings_with(controller=STATIC), clock=lambda: 5.0).carbon is None
+
+
 def test_the_application_is_put_together_without_starting_anything():
     application = wiring.build(load(None, {}), clock=lambda: 5.0)
     assert application.services.energy_j is not None
