@@ -70,6 +70,13 @@ LOCK := pip compile pyproject.toml --universal --python-version 3.11 --generate-
 live-control: $(STAMP)  ## Run the controller over a live emulated cluster at ten times a trace's pace: 6 min (ARGS="--speedup 5")
 	$(BIN)/python -m benchmarks.live_control $(ARGS)
 
+.PHONY: predictors
+predictors: $(STAMP)  ## Measure length and load prediction against others (ARGS="--part loads")
+	@for package in scikit-learn lightgbm river statsmodels; do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$package" \
+	    || echo "predictors: $$package cannot be installed here, left out" >&2; done
+	$(BIN)/python -m benchmarks.predictors $(ARGS)
+
 lock: $(STAMP)  ## Resolve the dependencies anew into requirements.lock, those of the image into deploy/requirements.lock
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv $(LOCK) --group dev --upgrade -o requirements.lock
