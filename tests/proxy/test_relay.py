@@ -105,7 +105,7 @@ class DecidedRouter(PlainRouter):
 REJECTED = Rejected(RejectReason.SATURATED, contended=True, retry_after_s=1.0)
 
 
-def relay_of(fields, *decisions, chunked=True, unknown=()):
+def relay_of(fields, *decisions, chunked=True, unknown=(), energy_j=None):
     services = GatewayServices(
         router=DecidedRouter(*decisions),
         directory=PlainDirectory(),
@@ -113,6 +113,7 @@ def relay_of(fields, *decisions, chunked=True, unknown=()):
         lengths=CapLengths(),
         metrics=GatewayMetrics(),
         clock=lambda: 0.0,
+        energy_j=energy_j,
     )
     admission = Admission(services)
     admitted = admission.admit(CHAT_PATH, admission.read_head(()), json.dumps(fields).encode(), "req-1", 0.0)

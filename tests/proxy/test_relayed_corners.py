@@ -5,8 +5,10 @@ import json
 import pytest
 from gateway_fakes import (
     CHAT,
+    DONE,
     STREAM_HEAD,
     TOKENS,
+    USAGE_EVENT,
     WHOLE,
     Engine,
     answer,
@@ -275,6 +277,27 @@ def test_a_whole_answer_longer_than_is_held_passes_as_it_comes():
         relay.body(piece, 1.0)
     relay.end(1.0)
     assert parse(client.written).body == 2 * piece
+
+
+@pytest.mark.parametrize("metered", [True, False])
+def test_a_stream_that_asks_for_its_energy_is_told_it_where_it_is_known(metered):
+    asked_for = []
+
+    def energy_j(outcome):
+        asked_for.append(outcome.completion_tokens)
+        return 1.5
+
+    fields = {**STREAM, "stream_options": {"include_usage": True, "include_energy": True}}
+    relay, client, _, _, outcomes = relay_of(fields, energy_j=energy_j if metered else None)
+    relay.start(0.0)
+    relay.head(InstanceHead(200, ((b"content-type", b"text/event-stream"),)))
+    relay.body(TOKENS[0], 1.0)
+    relay.body(USAGE_EVENT, 2.0)
+    relay.body(DONE, 2.0)
+    relay.end(2.0)
+    assert (b'"energy_mj":1500' in client.written) is metered
+    assert asked_for == ([3] if metered else [])
+    assert outcomes[0].completion_tokens == 3
 
 
 def test_released_and_escalated_requests_may_be_gone():
