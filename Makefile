@@ -81,7 +81,7 @@ lock: $(STAMP)  ## Resolve the dependencies anew into requirements.lock, those o
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv $(LOCK) --group dev --upgrade -o requirements.lock
 	cp requirements.lock deploy/requirements.lock
-	$(BIN)/uv $(LOCK) -o deploy/requirements.lock
+	$(BIN)/uv $(LOCK) --extra kubernetes -o deploy/requirements.lock
 
 compose-rehearsal: $(STAMP)  ## Run docker-compose.yml's services as processes, and every panel of the Grafana board
 	@for program in redis-server prometheus promtool; do command -v $$program >/dev/null \
