@@ -221,6 +221,7 @@ class LimitSettings:
     body_bytes: Annotated[int, Field(ge=1024, le=2**31)] = 32 * 2**20
     queue_requests: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
     queue_ttl_s: Seconds = 30.0  # a request waits at most this long for an instance
+    squash_late_s: Seconds | None = None  # past its TTFT by this without a token, a request is given up; None: never
     request_deadline_s: Seconds = 3600.0  # accepted to last byte
     first_byte_deadline_s: Seconds = 300.0  # accepted to first byte, retry included
     header_timeout_s: Seconds = 10.0

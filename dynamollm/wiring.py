@@ -52,6 +52,7 @@ from pools.classes import ClassSlos
 from pools.drivers.attach import AttachDriver
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
 from pools.drivers.port import InstanceDriver, MeteredDriver
+from pools.escalation import EscalationLimits
 from pools.learned_lengths import LearnedLengths, LengthLimits
 from pools.length_costs import LengthCosts
 from pools.queue import QueueLimits
@@ -362,7 +363,11 @@ def length_limits(settings: Settings) -> LengthLimits:
 
 def router_limits(limits: LimitSettings) -> RouterLimits:
     """The router's bounds."""
-    return RouterLimits(queue=QueueLimits(max_depth=limits.queue_requests, ttl_s=limits.queue_ttl_s))
+    squash_late_s = float("inf") if limits.squash_late_s is None else limits.squash_late_s
+    return RouterLimits(
+        queue=QueueLimits(max_depth=limits.queue_requests, ttl_s=limits.queue_ttl_s),
+        escalation=EscalationLimits(squash_late_s=squash_late_s),
+    )
 
 
 def proxy_settings(settings: Settings) -> ProxySettings:

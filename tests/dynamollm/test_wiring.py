@@ -56,6 +56,9 @@ def test_limits_and_slos_reach_gateway_and_router():
     }
     settings = load(None, environ)
     assert wiring.router_limits(settings.limits).queue.max_depth == 7
+    assert wiring.router_limits(settings.limits).escalation.squash_late_s == float("inf")
+    squashing = load(None, {"DYNAMOLLM_LIMITS__SQUASH_LATE_S": "2.5"})
+    assert wiring.router_limits(squashing.limits).escalation.squash_late_s == 2.5
     told = wiring.proxy_settings(settings)
     assert told.limits.body_bytes == 2048
     assert told.slos.tbt_s == 0.05
