@@ -5,7 +5,7 @@ The solver is imported where the controller is made: the gateway's process does 
 
 from dataclasses import dataclass
 
-from dynamollm.adapters.clock import monotonic_s
+from dynamollm.adapters.clock import monotonic_s, unix_offset_s
 from dynamollm.errors import UserError
 from dynamollm.settings import ControllerSettings, Settings
 from energy.adapters.capacity_file import load_capacity
@@ -27,8 +27,11 @@ class ControllerRecipe:
 
     def __call__(self, epoch: int) -> Controller:
         """A fresh controller; its plans supersede those of lower epochs."""
+        from solver.candidates import CLASSES
         from solver.controllers import ControlSettings, PlanningController
         from solver.diff import DiffSettings
+        from solver.forecast import SlotForecaster
+        from solver.load_history import LoadHistory
         from solver.planner import ChangeCosts
         from solver.policies import policies
 
@@ -51,6 +54,7 @@ class ControllerRecipe:
                 lead_s=self.startup_s,
                 history_s=controller.warm_up_s,
             ),
+            forecaster=SlotForecaster(CLASSES * len(tables), history=LoadHistory(unix_offset_s())),
             epoch=epoch,
             stopwatch=monotonic_s,
         )
