@@ -98,6 +98,9 @@ def gateways(names: Sequence[str], first_port: int, engine_ports: Sequence[int])
         running = []
         for number, name in enumerate(names):
             port = first_port + number
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    raise RuntimeError(f"port {port} is taken: end what listens there, it would be measured for {name}")
             command = COMMANDS[name](folder, port, engine_ports)
             if command is None:
                 print(f"{name}: not installed, left out", file=sys.stderr)

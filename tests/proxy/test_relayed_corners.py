@@ -216,9 +216,9 @@ def test_of_many_connections_each_is_looked_at_in_time():
     async def scenario():
         deadlines = ProxySettings(deadlines=Deadlines(keep_alive_s=5.0))
         async with Engine() as engine, running(engine, settings=deadlines) as gateway:
+            gateway.gateway._timer.cancel()  # no tick but ours
             clients = [await gateway.connect() for _ in range(150)]
             await until(lambda: len(gateway.gateway._connections) == len(clients))
-            gateway.gateway._timer.cancel()  # no tick but ours
             gateway.pass_time(0.0)
             gateway.gateway._unchecked[-1].transport.abort()  # gone before its turn
             await until(lambda: len(gateway.gateway._connections) == len(clients) - 1)
