@@ -3,6 +3,9 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -132,3 +135,59 @@ def test_the_real_controller_plans_in_a_process_of_its_own_and_comes_back_with_a
         await process.close()
 
     asyncio.run(main())
+
+
+def test_a_warm_process_plans_at_once_from_what_came_before_in_the_epochs_it_is_told():
+    settings = replace(load(None, {}), controller=ControllerSettings("dynamollm", warm_up_s=60.0))
+    recipe = controller_recipe(settings)
+    demand = observation(0.0).demand
+    past = tuple((float(at_s), replace(demand, window_s=5.0)) for at_s in range(-100, 0, 5))
+
+    async def plan_epochs(process: ControllerProcess) -> set[int]:
+        tick = await process.first_tick(0.0)
+        effects = await process.on_tick(tick, observation(0.0))
+        return {action.plan[0] for action in effects.actions}
+
+    async def main() -> None:
+        process = ControllerProcess(recipe)
+        await process.warm()
+        (warm,) = process._pool._processes
+        process.begin(replace(recipe, past=past), 7000)
+        assert await plan_epochs(process) == {7000}
+        assert list(process._pool._processes) == [warm]
+        await process.close()
+        process.begin(recipe, 8000)  # nothing is known: it watches first
+        assert await plan_epochs(process) == set()
+        await process.close()
+
+    asyncio.run(main())
+
+
+def test_the_controllers_process_ends_with_one_that_is_killed():
+    script = (
+        "import asyncio, time\n"
+        "from dynamollm.adapters.configuration import load\n"
+        "from dynamollm.adapters.controller_process import ControllerProcess\n"
+        "from dynamollm.controller_recipe import controller_recipe\n"
+        "async def main():\n"
+        "    process = ControllerProcess(controller_recipe(load(None, {})))\n"
+        "    await process.warm()\n"
+        "    print(*process._pool._processes, flush=True)\n"
+        "    time.sleep(1000)\n"
+        "if __name__ == '__main__':\n"
+        "    asyncio.run(main())\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)
+    parent.kill()
+    parent.wait(10)
+    parent.stdout.close()
+    until_s = time.monotonic() + 20
+    while time.monotonic() < until_s:
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {child} is still there")
