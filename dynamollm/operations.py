@@ -20,6 +20,7 @@ from typing import Protocol
 
 from dynamollm.deployment import Deployment
 from dynamollm.placement import NoRoomError
+from pools.classes import RequestClass
 from pools.drivers.port import DriverError, InstanceDriver, InstanceEvent, InstanceSpec
 from pools.instances import Instance, InstanceState
 from solver.control import Action, Escalate, Park, Reassign, Reshard, Route, ScaleIn, ScaleOut, SetFrequency, Wake
@@ -215,8 +216,24 @@ class Operations:
         return any(self._state(order.instance_id) is InstanceState.STARTING for order in orders)
 
     async def _reassign(self, action: Reassign) -> None:
+        # the plan's new instances may not be there yet: the last one that serves a class stays until they are
+        await self._until(lambda: self._leaves_a_home(action), action, "another instance for its pool's class")
         self._deployment.set_pool(action.instance_id, action.pool)
         self._cluster.publish()
+
+    def _leaves_a_home(self, action: Reassign) -> bool:
+        """Whether requests of the pool that an instance leaves still have a READY instance to go to."""
+        pools = {pool.name: pool for pool in self._deployment.settings.pools}
+        moving = self._deployment.instances.get(action.instance_id)
+        if moving is None or moving.state is not InstanceState.READY:
+            return True
+        left = pools[moving.pool]
+        for instance in self._deployment.instances.values():
+            pool = pools[action.pool if instance is moving else instance.pool]
+            dominates = RequestClass[pool.request_class].dominates(RequestClass[left.request_class])
+            if instance.state is InstanceState.READY and pool.model == left.model and dominates:
+                return True
+        return False
 
     async def _set_clock(self, instance_id: str, sm_clock_mhz: int) -> None:
         deployment = self._deployment

@@ -308,6 +308,22 @@ def test_an_instance_can_serve_in_another_pool():
     in_world(scenario)
 
 
+def test_the_last_one_for_a_class_stays_in_its_pool_until_what_replaces_it_is_ready():
+    """Nothing dominates LL: moved at once, its requests would have nowhere to go."""
+
+    async def scenario(world: World) -> None:
+        world.operations.apply([Reassign(deadline_s=1e9, instance_id="ll-1", pool="SM")])
+        await asyncio.sleep(5)
+        assert world.deployment.instances["ll-1"].pool == "LL"
+        world.operations.apply([scale_out(world, pool="LL", tp=2, node=free_node(world))])
+        await world.operations.settled()
+        assert world.deployment.instances["ll-1"].pool == "SM"
+        assert world.state("new-1") is InstanceState.READY
+        assert world.outcomes() == [Outcome.DONE] * 2
+
+    in_world(scenario)
+
+
 def test_closing_leaves_nothing_under_way():
     async def scenario(world: World) -> None:
         world.router.held["ss-1"] = 1
