@@ -140,6 +140,7 @@ def _ours(folder: Path, port: int, engine_ports: Sequence[int]) -> list[str]:
         *("pools:", *pools),
         *("driver:", "  kind: attach", "  urls:", *attached),
         *("controller:", "  policy: static"),
+        *("routing:", "  prefix_affinity: false"),  # the others do without; what it costs: benchmarks.router_cost
         *("auth:", f"  api_keys: [{KEY}]"),
     ]
     config.write_text("\n".join(lines) + "\n")
