@@ -59,6 +59,8 @@ class Deployment:
         self._ordered_mhz: dict[str, int] = {}
         self._views: dict[str, InstanceView] = {}
         self.shares: Shares = {}  # how the plan spreads each (model, class) over pools
+        self._ordered: Counter[tuple[str, str]] = Counter()  # (instance, pool) to start, and how often it was asked for
+        self._coming: frozenset[str] = frozenset()  # of another deployment, which this one follows
         self._version = 0
 
     # --- specifications --------------------------------------------------------------------------------------------
@@ -125,13 +127,34 @@ class Deployment:
         self.put(instance)
         return ""
 
-    def follow(self, instances: Iterable[Instance], shares: Shares) -> None:
+    def follow(self, instances: Iterable[Instance], shares: Shares, coming: Iterable[str] = ()) -> None:
         """Be as somebody else's deployment is: its instances and shares stand for all that was here."""
+        self._coming = frozenset(coming)
         self.instances = {instance.id: instance for instance in instances}
         self._addresses = {instance.id: Address.of_url(instance.url) for instance in self.instances.values()}
         self._views = {name: view for name, view in self._views.items() if name in self.instances}
         self.shares = dict(shares)
         self._version += 1
+
+    def expect(self, starts: Iterable[tuple[str, str]]) -> bool:
+        """Note that instances, each for a pool, are to be started, with or without room; whether ``coming`` changes."""
+        before = self.coming
+        self._ordered.update(starts)
+        self._version += 1
+        return self.coming != before
+
+    def expect_no_more(self, starts: Iterable[tuple[str, str]]) -> bool:
+        """They are there, or will not be, as far as they were expected once; whether ``coming`` changes."""
+        before = self.coming
+        self._ordered.subtract(starts)
+        self._ordered = +self._ordered
+        self._version += 1
+        return self.coming != before
+
+    @property
+    def coming(self) -> frozenset[str]:
+        """Pools for which an instance is ordered that is not there."""
+        return self._coming.union(pool for name, pool in self._ordered if name not in self.instances)
 
     def begin_start(self, spec: InstanceSpec, ready_at_s: float) -> None:
         """Note that an instance is being started, and when it should be READY."""
@@ -217,6 +240,7 @@ class Deployment:
             pools=tuple(PoolView(p.name, p.model, RequestClass[p.request_class]) for p in self.settings.pools),
             instances=tuple(self._instance_view(instance) for instance in self.instances.values()),
             shares=self.shares,
+            coming=self.coming,
         )
 
     def _instance_view(self, instance: Instance) -> InstanceView:

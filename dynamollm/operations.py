@@ -7,7 +7,8 @@ one that is not done by its deadline is abandoned, with the reason kept for peop
 refuse is tried again until the deadline.
 
 A drain takes an instance out of routing first, then waits for what it has, then stops it: no request is cut. A re-shard
-starts the new instances first where GPUs are free for them, and drains the old ones first where they are not.
+starts the new instances first where GPUs are free for them, and drains the old ones first where they are not. While a
+start is ordered the router knows that its pool has one coming: requests wait, where they would be refused.
 """
 
 import asyncio
@@ -88,6 +89,7 @@ class Operations:
 
     def apply(self, actions: Iterable[Action]) -> None:
         """Begin to carry out actions; returns at once."""
+        starts: list[tuple[str, str]] = []
         for action in actions:
             now_s = self._clock()
             if action.plan < self.newest:
@@ -100,6 +102,9 @@ class Operations:
             self._running.add(task)
             task.add_done_callback(self._running.discard)
             self._last_of.update(dict.fromkeys(touched, task))
+            starts += _starts(action)
+        if self._deployment.expect(starts):
+            self._cluster.publish()
 
     @property
     def busy(self) -> int:
@@ -119,9 +124,9 @@ class Operations:
         await asyncio.gather(*running, return_exceptions=True)
 
     async def _carry_out(self, action: Action, before: list[asyncio.Task[None]], began_s: float) -> None:
-        if before:
-            await asyncio.wait(before)
         try:
+            if before:
+                await asyncio.wait(before)
             await self._until(lambda: self._clock() >= action.not_before_s, action, "its turn")
             if action.plan < self.newest and not isinstance(action, Escalate):
                 self._record(action, Outcome.STALE, began_s, f"overtaken by plan {self.newest}")
@@ -132,6 +137,9 @@ class Operations:
             self._record(action, Outcome.ABANDONED, began_s, str(error))
         else:
             self._record(action, Outcome.DONE, began_s)
+        finally:
+            if self._deployment.expect_no_more(_starts(action)):
+                self._cluster.publish()
 
     async def _retried(self, action: Action) -> None:
         """Do it; where the driver or the GPUs say no, again until the deadline."""
@@ -282,6 +290,17 @@ class Operations:
         self.records.append(OperationRecord(action, outcome, began_s, self._clock(), reason))
         key = (type(action).__name__, outcome)
         self.counts[key] = self.counts.get(key, 0) + 1
+
+
+def _starts(action: Action) -> list[tuple[str, str]]:
+    """The instances that an action is to start, each with its pool."""
+    match action:
+        case ScaleOut():
+            return [(action.instance_id, action.pool)]
+        case Reshard():
+            return [(order.instance_id, order.pool) for order in action.create]
+        case _:
+            return []
 
 
 def _touched(action: Action) -> tuple[str, ...]:

@@ -96,6 +96,7 @@ class PublishedFleet:
                 for (model, request_class), spread in self._deployment.shares.items()
                 for pool, weight in spread
             ),
+            coming=tuple(sorted(self._deployment.coming)),
         )
         if not await self._store.publish(CLUSTER, document(cluster), (self._epoch, self._version)):
             found = await self._store.published(CLUSTER)

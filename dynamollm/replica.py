@@ -113,7 +113,7 @@ class Replica:
         stamp, plain = found
         cluster = read(plain, PublishedCluster)
         now_s = self._clock()
-        self._deployment.follow(cluster.instances, shares_of(cluster.shares))
+        self._deployment.follow(cluster.instances, shares_of(cluster.shares), cluster.coming)
         self._router.update(self._deployment.routing_view(now_s), now_s)
         self.follows = stamp
         self._following.set()

@@ -80,6 +80,7 @@ class PublishedCluster:
     plan: Stamp  # of the plan it is on the way to
     instances: tuple[Instance, ...]
     shares: tuple[Share, ...]
+    coming: tuple[str, ...] = ()  # pools for which a start is ordered that has not begun
 
 
 def document(value: object) -> Document:

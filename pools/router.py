@@ -79,7 +79,7 @@ class Router:
         self.traffic = Traffic()
         self._paths: dict[str, list[Path]] = {}
         self._view: ClusterView | None = None
-        self._coming: frozenset[str] = frozenset()  # pools with an instance that will be READY
+        self._coming: frozenset[str] = frozenset()  # pools with an instance that will be READY, or ordered
         self._refused: list[tuple[Request, Rejected]] = []  # since the last release
         self._freed: set[int] = set()  # instances something has left since
         self._whole_pass_s = 0.0
@@ -328,7 +328,7 @@ class Router:
         if self._view is not None and view.version < self._view.version:
             return
         self._view = view
-        self._coming = frozenset(v.instance.pool for v in view.instances if v.instance.state in COMING)
+        self._coming = view.coming.union(v.instance.pool for v in view.instances if v.instance.state in COMING)
         self._freed.clear()  # indices of the view before
         self.fleet.update(view)
         self._plan_paths()

@@ -41,6 +41,8 @@ class ClusterView:
 
     ``shares`` says, where a plan does, how a model's class is spread: ``(model, class) -> ((pool, weight), ...)``. A
     class it does not name goes to the pool kept for it, else to the nearest that dominates it.
+
+    ``coming`` names the pools for which a start is ordered that has not begun: requests wait as for one STARTING.
     """
 
     version: int
@@ -48,6 +50,7 @@ class ClusterView:
     pools: tuple[PoolView, ...]
     instances: tuple[InstanceView, ...]
     shares: Mapping[tuple[str, RequestClass], tuple[tuple[str, float], ...]] = field(default_factory=dict)
+    coming: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,7 @@ def test_any_story_ends_well(script):
     # and what the router was shown last is that, too
     shown = {v.instance.id: v.instance.state for v in world.router.view.instances}
     assert shown == {name: state for name, (state, _) in known.items()}
+    assert world.deployment.coming == world.router.view.coming == frozenset()
 
 
 @settings(max_examples=20, deadline=None)

@@ -127,12 +127,20 @@ def test_it_follows_another_deployment_as_that_is_now(profile):
     before, view = leader.routing_view(5.0), follower.routing_view(5.0)
     assert (view.instances, view.shares) == (before.instances, before.shares)
     assert follower.address("ll-1") is not None
+    assert leader.expect([("ss-9", "SS"), ("ll-1", "LL")])
+    assert leader.coming == {"SS"}, "ll-1 is there"
     leader.change(InstanceEvent("ll-1", InstanceState.STOPPED))
-    follower.follow(leader.instances.values(), {})
+    follower.follow(leader.instances.values(), {}, leader.coming)
     after = follower.routing_view(6.0)
     assert after.version > view.version
     assert "ll-1" not in {v.instance.id for v in after.instances}
     assert (follower.address("ll-1"), after.shares) == (None, {})
+    assert after.coming == {"SS", "LL"}
+    assert leader.expect_no_more([("ss-9", "SS"), ("ll-1", "LL")])
+    assert leader.coming == frozenset()
+    assert not leader.expect_no_more([("ss-9", "SS")]), "nobody expected it"
+    follower.follow(leader.instances.values(), {}, leader.coming)
+    assert follower.routing_view(7.0).coming == frozenset()
 
 
 def test_instances_are_in_the_order_their_starts_were_asked_for_and_show_the_clock_ordered(deployment):

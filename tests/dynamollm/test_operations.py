@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from dynamollm.deployment import Deployment
 from dynamollm.operations import Operations, Outcome
 from dynamollm.runner import Runner
 from energy.adapters.catalogue import load_profile
+from pools.classes import RequestClass, Slo
 from pools.drivers.fake import FakeDriver
 from pools.drivers.port import DriverError
 from pools.instances import InstanceState
+from pools.request import Assigned, Queued, Rejected, RejectReason, Request
+from pools.router import Router as RealRouter
 from pools.view import ClusterView, EngineLoad
 from simulator.virtual_loop import run
 from solver.control import Park, Reassign, Reshard, Route, ScaleIn, ScaleOut, SetFrequency, Wake
@@ -45,12 +49,14 @@ class Probe:
 
 
 class World:
+    routes: type[Any] = Router
+
     def __init__(self) -> None:
         settings = load(None, {})
         self.deployment = Deployment(settings, {"llama-3.1-70b": load_profile("llama-3.1-70b-fp8-h100")})
         self.clocks = self.deployment.profiles["llama-3.1-70b"].sm_clocks_mhz
         self.driver = FakeDriver(self.deployment.placement.nodes, self.clocks)
-        self.router = Router()
+        self.router = self.routes()
         self.loop = asyncio.get_running_loop()
         self.runner = Runner(self.deployment, self.driver, self.router, Probe(), self.loop.time)
         self.operations = Operations(self.deployment, self.driver, self.runner, self.loop.time)
@@ -223,6 +229,84 @@ def test_a_reshard_on_full_gpus_drains_first_and_then_starts():
         assert [world.state(f"small-{k}") for k in range(2)] == [InstanceState.READY] * 2
 
     in_world(scenario)
+
+
+class Routed(World):
+    """With the router as it is, asked for the longest requests: only the LL pool has a place for those."""
+
+    routes = RealRouter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def ask(self) -> Assigned | Queued | Rejected:
+        self.asked += 1
+        now_s = self.loop.time()
+        slo = Slo(2.0, 0.1)
+        return self.router.route(
+            Request(f"r{self.asked}", "llama-3.1-70b", now_s, 4000, 800.0, RequestClass.LL, slo), now_s
+        )
+
+
+def test_requests_wait_while_the_only_instance_drains_for_those_that_replace_it():
+    async def scenario(world: World) -> None:
+        old = world.deployment.instances["ll-1"]
+        end = world.loop.time() + 300
+        create = tuple(
+            scale_out(world, f"small-{k}", pool="LL", tp=4, node=old.gpus[0].node, deadline_s=end) for k in range(2)
+        )
+        first = world.ask()
+        assert first == Assigned("ll-1", "LL")
+        world.operations.apply([Reshard(deadline_s=end, retire=("ll-1",), create=create)])
+        await asyncio.sleep(5)
+        assert world.state("ll-1") is InstanceState.DRAINING
+        assert [world.ask(), world.ask()] == [Queued(1), Queued(2)]
+        world.router.on_finished("r1", 800, world.loop.time())
+        await world.operations.settled()
+        released = world.router.release(world.loop.time())
+        assert {request.id for request, _ in released} == {"r2", "r3"}
+        assert {decision.instance_id for _, decision in released} <= {"small-0", "small-1"}
+        assert world.deployment.coming == frozenset()
+
+    in_world(scenario, Routed)
+
+
+def test_requests_wait_for_an_instance_ordered_before_there_is_room_and_no_longer_than_it_is():
+    async def scenario(world: World) -> None:
+        world.operations.apply([ScaleIn(deadline_s=1e9, instance_id="ll-1")])
+        await world.operations.settled()
+        assert world.ask().reason is RejectReason.NO_ENDPOINTS
+        full = next(node for node in world.deployment.placement.nodes if not world.deployment.placement.free_gpus(node))
+        due_s = world.loop.time() + 10
+        world.operations.apply([scale_out(world, "new-1", pool="LL", tp=8, node=full, deadline_s=due_s)])
+        assert world.ask() == Queued(1)
+        await asyncio.sleep(8)
+        assert world.ask() == Queued(2)
+        await world.operations.settled()
+        assert world.outcomes()[-1] is Outcome.ABANDONED
+        assert world.ask().reason is RejectReason.NO_ENDPOINTS
+        end_s = world.router.next_release_s + world.router.limits.queue.ttl_s
+        assert {d.reason for _, d in world.router.release(end_s)} == {RejectReason.TTL_EXPIRED}
+
+    in_world(scenario, Routed)
+
+
+def test_an_order_given_twice_is_waited_for_until_both_have_ended():
+    async def scenario(world: World) -> None:
+        world.operations.apply([ScaleIn(deadline_s=1e9, instance_id="ll-1")])
+        await world.operations.settled()
+        full = next(node for node in world.deployment.placement.nodes if not world.deployment.placement.free_gpus(node))
+        order = scale_out(world, "new-1", pool="LL", tp=8, node=full)
+        at_s = world.loop.time()
+        world.operations.apply([dataclasses.replace(order, deadline_s=at_s + wait_s) for wait_s in (5, 20)])
+        await asyncio.sleep(10)
+        assert world.outcomes()[-1] is Outcome.ABANDONED
+        assert world.ask() == Queued(1)
+        await world.operations.settled()
+        assert world.ask().reason is RejectReason.NO_ENDPOINTS
+
+    in_world(scenario, Routed)
 
 
 def test_a_reshard_with_room_starts_first_and_never_leaves_the_pool_empty():

@@ -21,7 +21,7 @@ from energy.adapters.catalogue import load_profile
 from pools.classes import RequestClass, Slo
 from pools.drivers.port import InstanceEvent
 from pools.instances import Instance, InstanceState
-from pools.request import Assigned, Request
+from pools.request import Assigned, Queued, RejectReason, Request
 from pools.router import Router
 from simulator.virtual_loop import run
 
@@ -149,6 +149,25 @@ def test_gateways_follow_what_is_published_and_route_to_it():
         world.show()
         await asyncio.sleep(1.0)
         assert all(send(replica, "b", world.now()) != "ss-1" for replica in world.replicas)
+
+    play(scenario)
+
+
+def test_gateways_let_requests_wait_for_an_instance_that_the_leader_has_ordered():
+    async def scenario(world: World) -> None:
+        starts = [("new-1", "SS")]
+        for name in tuple(world.deployment.instances):
+            world.deployment.change(InstanceEvent(name, InstanceState.STOPPED))
+        world.deployment.expect(starts)
+        world.show()
+        await asyncio.sleep(1.0)
+        routers = [replica.parts[1] for replica in world.replicas]
+        assert [router.route(request("a", world.now()), world.now()) for router in routers] == [Queued(1)] * 2
+        world.deployment.expect_no_more(starts)
+        world.show()
+        await asyncio.sleep(1.0)
+        reasons = {router.route(request("b", world.now()), world.now()).reason for router in routers}
+        assert reasons == {RejectReason.NO_ENDPOINTS}
 
     play(scenario)
 

@@ -102,6 +102,25 @@ def test_unknown_model_is_not_the_same_as_no_endpoint():
     assert (nowhere.reason, nowhere.contended) == (RejectReason.NO_ENDPOINTS, False)
 
 
+def test_requests_wait_for_a_pool_that_has_an_instance_ordered_and_not_for_one_that_cannot_serve_them():
+    view = cluster({SS: 0, MM: 0})
+    router = router_of(replace(view, coming=frozenset({"SS"})))
+    assert router.route(request("a", SS), 0.0) == Queued(1)
+    assert router.route(request("b", MM), 0.0).reason is RejectReason.NO_ENDPOINTS
+    router.update(replace(cluster({SS: 1, MM: 0}), version=2), 1.0)
+    assert [(r.id, d.instance_id) for r, d in router.release(1.0)] == [("a", "SS-0")]
+
+
+def test_what_waits_for_an_order_that_was_given_up_waits_no_longer_than_its_time():
+    router = router_of(replace(cluster({MM: 0}), coming=frozenset({"MM"})))
+    assert router.route(request("a"), 0.0) == Queued(1)
+    router.update(replace(cluster({MM: 0}), version=2), 1.0)
+    assert router.route(request("b"), 1.0).reason is RejectReason.NO_ENDPOINTS
+    assert router.release(1.0) == []
+    ended_s = router.limits.queue.ttl_s
+    assert [(r.id, d.reason) for r, d in router.release(ended_s)] == [("a", RejectReason.TTL_EXPIRED)]
+
+
 def test_before_any_view_no_model_is_known():
     assert Router().route(request("a"), 0.0).reason is RejectReason.UNKNOWN_MODEL
 
