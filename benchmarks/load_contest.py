@@ -23,6 +23,7 @@ MINUTE_S = 60.0
 PER_SLOT = 5
 TAUGHT_DAYS = 4
 LEVELS = (0.5, 0.9, 0.955)
+BOUND = "true mean"  # no forecaster, but what is left to a reserve where the mean is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ def contest(minutes: Any, starts_unix_s: float) -> list[LoadRow]:
     winters = _holt_winters(slots.mean(axis=1))
     if winters is not None:
         means["Holt-Winters"] = winters
+    means[BOUND] = slots.mean(axis=1)
     rows = [_row(name, mean, _reserved(mean, slots), slots) for name, mean in means.items()]
     forecasts = product(minutes, starts_unix_s, SLOT_S)
     return [*rows, _row("product", forecasts[:, 0].sum(axis=1), forecasts[:, 1].sum(axis=1), slots)]

@@ -1,7 +1,9 @@
 """Length and load prediction, measured: tables, plots and the numbers of docs/predictors.md.
 
-    python -m benchmarks.predictors                   # all three parts (about ten minutes on one core)
-    python -m benchmarks.predictors --part lengths,loads
+    python -m benchmarks.predictors                          # all parts, then docs/predictors.md
+    python -m benchmarks.predictors --part lengths,loads     # minutes on one core
+    python -m benchmarks.predictors --part simulated --policies dynamollm --seeds 1
+    python -m benchmarks.predictors --part document          # the page, from what is stored
 
 Libraries that are compared with (scikit-learn, LightGBM, river, statsmodels) are no dependencies of the product: one
 that is not installed is left out, and that is said.
@@ -11,7 +13,7 @@ import csv
 import gzip
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from benchmarks import length_contest, load_contest
 from benchmarks.experiment import ENGINE, SEED
 from benchmarks.experiment_capacity import experiment_capacity
 from benchmarks.length_contest import Boosted, Confused, Constant, Contestant, Product, RiverLinear, Sample, SgdWords
+from benchmarks.predictors_page import ALL_KNOWN, BOTH_PREDICTED, write_page
 from benchmarks.simulation_report import commit, read_json, write_json
 from energy.adapters.capacity_file import load_capacity
 from energy.adapters.catalogue import load_profile
@@ -38,6 +41,7 @@ from simulator.workload.adapters.location import data_file
 from solver.load_history import DAY
 
 RESULTS = Path(__file__).resolve().parent / "results" / "predictors"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "predictors.md"
 PROFILE = "llama-3.1-70b-fp8-h100"
 CONVERSATION = 6000  # requests of the hour: half an hour, and libraries that take a millisecond a request
 NODES = 12  # of the conversation hour, as in benchmarks.experiment
@@ -47,21 +51,30 @@ LIBRARIES: Mapping[str, tuple[str, Callable[[], Contestant]]] = {
     "river": ("river", RiverLinear),
     "LightGBM": ("lightgbm", Boosted),
 }
-PARTS = ("lengths", "loads", "simulated")
+PARTS = ("lengths", "loads", "simulated", "document")
 
 
 @click.command()
 @click.option("--part", "parts", default=",".join(PARTS), show_default=True)
-def main(parts: str) -> None:
+@click.option("--seeds", default="1,2,3", show_default=True, help="Of the simulated part.")
+@click.option("--policies", default="dynamollm,dynamollm-paper", show_default=True, help="Of the simulated part.")
+def main(parts: str, seeds: str, policies: str) -> None:
     """Measure, print, store and plot."""
-    measures: Mapping[str, Callable[[], dict[str, Any]]] = {"lengths": lengths, "loads": loads, "simulated": simulated}
+    measures: Mapping[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "lengths": lengths,
+        "loads": loads,
+        "simulated": lambda: simulated(policies.split(","), [int(seed) for seed in seeds.split(",")]),
+    }
+    source = commit()
     for part in parts.split(","):
-        document = {"commit": commit(), **measures[part]()}
-        write_json(RESULTS / f"{part}.json", document)
-        click.echo(json.dumps(document, indent=1) if part == "simulated" else "")
+        if part == "document":
+            write_page(RESULTS, PAGE)
+        else:
+            for document in measures[part]():
+                write_json(RESULTS / f"{part}.json", {"commit": source, **document})
 
 
-def lengths() -> dict[str, Any]:
+def lengths() -> Iterator[dict[str, Any]]:
     """Both sets of requests with real output lengths that there are."""
     costs = LengthCosts.of(load_capacity(PROFILE))
     proxy = _proxy_words()
@@ -86,10 +99,10 @@ def lengths() -> dict[str, Any]:
         rows = length_contest.contest(samples, makers, costs)
         tables[name] = length_contest.as_rows(rows)
         _print(f"{name}: {len(samples)} requests", tables[name])
-    return tables
+    yield tables
 
 
-def loads() -> dict[str, Any]:
+def loads() -> Iterator[dict[str, Any]]:
     """Two weeks, of which the first four days teach."""
     tables: dict[str, Any] = {}
     for trace, scale in (("azure-2024-code-week", 1.0), ("servegen-week", SERVEGEN_SCALE)):
@@ -107,33 +120,39 @@ def loads() -> dict[str, Any]:
         for title, table in tables[trace].items():
             _print(f"{trace}, {title}", table if isinstance(table, list) else [table])
         _plot(minutes, starts_s, RESULTS / f"{trace}.png")
-    return tables
+    yield tables
 
 
-def simulated() -> dict[str, Any]:
-    """What each predictor does to energy and SLOs in the conversation hour, and what errors cost."""
+def simulated(names: Sequence[str], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """What each predictor does to energy and SLOs in the conversation hour, and what errors cost.
+
+    Yields all there is after each run, what matters most first: a sweep that is cut short has said something.
+    """
     profile = load_profile(PROFILE)
     capacity = experiment_capacity(profile, ENGINE, RESULTS.parent / "capacity", click.echo)
     base = Scenario(profile, capacity, NODES, limits=ENGINE, sample_s=10.0)
     calibration = read_json(RESULTS.parent / "calibration" / f"azure-conv--{PROFILE}--{NODES}.json")
-    workload = open_workload("azure-conv", SEED, calibration["rate_scale"])
-    kinds = {
-        "lengths and loads known": {"prediction": TrueLengths(), "known_loads": True},
-        "loads predicted": {"prediction": TrueLengths()},
+    kinds: dict[str, dict[str, Any]] = {
+        ALL_KNOWN: {"prediction": TrueLengths(), "known_loads": True},
+        BOTH_PREDICTED: {},
+        **{f"lengths {100 * a:.0f} % right": {"prediction": TrueLengths(a), "known_loads": True} for a in (0.6, 0.8)},
         "lengths predicted": {"known_loads": True},
-        "both predicted": {},
-        **{f"lengths {100 * a:.0f} % right": {"prediction": TrueLengths(a)} for a in (0.9, 0.8, 0.7, 0.6)},
+        "loads predicted": {"prediction": TrueLengths()},
+        **{f"lengths {100 * a:.0f} % right": {"prediction": TrueLengths(a), "known_loads": True} for a in (0.9, 0.7)},
     }
-    table = []
-    for policy in ("dynamollm", "dynamollm-paper"):
+    table: list[dict[str, Any]] = []
+    for policy in names:
         for name, changes in kinds.items():
-            setup, controller = prepare(replace(base, **changes), policy, workload)  # type: ignore[arg-type]
-            run = simulate(setup, workload, controller, policy, SEED)
-            told = run.as_json()
-            row = {"policy": policy, "known": name, "kwh": run.energy_j / 3.6e6, "in_slo": run.slo_attainment}
-            table.append({**row, "ttft_p50_s": told["ttft_p50_s"]["all"], "ttft_p99_s": told["ttft_p99_s"]["all"]})
-            click.echo(table[-1])
-    return {"conv-1h": table}
+            for seed in seeds:
+                workload = open_workload("azure-conv", seed, calibration["rate_scale"])
+                setup, controller = prepare(replace(base, **changes), policy, workload)
+                run = simulate(setup, workload, controller, policy, seed)
+                told = run.as_json()
+                row = {"policy": policy, "known": name, "seed": seed, "kwh": run.energy_j / 3.6e6}
+                row |= {"in_slo": run.slo_attainment, "ttft_p50_s": told["ttft_p50_s"]["all"]}
+                table.append({**row, "ttft_p99_s": told["ttft_p99_s"]["all"]})
+                click.echo(table[-1])
+                yield {"conv-1h": table}
 
 
 def _texts() -> list[Sample]:

@@ -1,6 +1,7 @@
 """The contests themselves: nobody looks ahead, and scores are what they say."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -50,6 +51,27 @@ def test_scores_of_a_constant_are_known():
     assert row.error_tokens == pytest.approx((150 + 350) / 4)
     assert row.loss_j == pytest.approx((0 + 0 + 1 + 2) / 4)
     assert row.covered == 0.5
+
+
+def test_waiting_is_not_counted_as_computing():
+    class Sleepy(Spy):
+        def predict(self, features):
+            time.sleep(0.002)  # the clocks themselves are under test
+            return super().predict(features)
+
+    row = contest(samples([50] * (UNSCORED + 5), 100.0), {"sleepy": Sleepy}, LengthCosts())[0]
+    assert row.p50_us >= 2000.0
+    assert 0.0 < row.cpu_p50_us < 1000.0
+    assert row.cpu_p50_us <= row.cpu_p99_us
+
+
+def test_the_bound_knows_the_mean_and_only_its_reserve_errs():
+    minutes = np.random.default_rng(0).poisson(60.0, (5 * 1440, 9)).astype(float)
+    rows = {row.name: row for row in load_contest.contest(minutes, 0.0)}
+    bound = rows.pop(load_contest.BOUND)
+    assert bound.error == 0.0
+    assert 0.0 < bound.under < 0.1
+    assert all(row.error > 0.0 and bound.pinball < row.pinball for row in rows.values())
 
 
 def test_the_product_beats_constants_where_sizes_tell():
