@@ -11,7 +11,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from dynamollm.admin import admin_routes
 from dynamollm.commander import Commander
-from dynamollm.commanding import Commanding
 from dynamollm.term import ControllerTerm
 from proxy import errors
 from proxy.admission import is_known
@@ -23,7 +22,7 @@ def controller_app(commander: Commander[ControllerTerm], keys: tuple[str, ...], 
     """The application; ``keys`` as for the gateways."""
     app = FastAPI(title="DynamoLLM controller", description="Commands the cluster, or stands by.")
 
-    def in_command() -> Commanding:
+    def leading() -> ControllerTerm:
         if commander.term is None:
             raise ApiError(503, "This controller stands by: ask the one that leads, or a gateway", "not_leading")
         return commander.term
@@ -47,9 +46,8 @@ def controller_app(commander: Commander[ControllerTerm], keys: tuple[str, ...], 
         """Metrics in Prometheus' text format."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    app.include_router(
-        admin_routes(in_command), prefix="/admin", tags=["operation"], dependencies=[Depends(authorizer(keys))]
-    )
+    routes = admin_routes(leading, lambda: leading().reload())
+    app.include_router(routes, prefix="/admin", tags=["operation"], dependencies=[Depends(authorizer(keys))])
     return app
 
 

@@ -96,6 +96,7 @@ class PublishedFleet:
                 for (model, request_class), spread in self._deployment.shares.items()
                 for pool, weight in spread
             ),
+            profiles={model.name: model.profile for model in self._deployment.settings.models},
             coming=tuple(sorted(self._deployment.coming)),
         )
         if not await self._store.publish(CLUSTER, document(cluster), (self._epoch, self._version)):

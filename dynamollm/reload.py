@@ -5,6 +5,7 @@ begins with what the one before has seen of the load, in a higher epoch, and the
 profile at once. Everything else needs a restart, and is refused by name before anything is changed.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 
@@ -14,6 +15,8 @@ from dynamollm.errors import UserError
 from dynamollm.operations import Operations
 from dynamollm.settings import Settings
 from energy.profile import EnergyProfile
+
+log = logging.getLogger("dynamollm.reload")
 
 
 class Reload:
@@ -52,6 +55,22 @@ class Reload:
             self._publish()
             self._control.switch(controller)
         return changed
+
+
+def as_it_is_now(before: Settings, read: Callable[[], Settings], check: Callable[[Settings], object]) -> Settings:
+    """The configuration for one who begins to command; as before where it cannot be followed, which is said.
+
+    ``check`` raises ``UserError`` for what cannot be used.
+    """
+    try:
+        after = read()
+        if fixed := restart_needed(before, after):
+            raise UserError(f"{', '.join(fixed)}: cannot change while it runs")
+        check(after)
+    except UserError as error:
+        log.warning("the configuration as it is now is not followed: %s", error)
+        return before
+    return after
 
 
 def restart_needed(before: Settings, after: Settings) -> list[str]:

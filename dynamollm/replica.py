@@ -7,9 +7,11 @@ that is too old to be true.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 
 from dynamollm.deployment import Deployment
+from dynamollm.errors import UserError
 from dynamollm.ledger_feed import LedgerFeed
 from dynamollm.reports import (
     CLUSTER,
@@ -24,8 +26,10 @@ from dynamollm.reports import (
     read,
     shares_of,
 )
+from dynamollm.settings import Settings
 from dynamollm.store import NEVER, Stamp, Store
 from dynamollm.tenants import TenantLimit
+from energy.profile import EnergyProfile
 from pools.peers import together
 from pools.router import Router
 
@@ -49,9 +53,11 @@ class Replica:
         router: Router,
         feed: LedgerFeed,
         limit: TenantLimit | None,
+        profiles_of: Callable[[Settings], Mapping[str, EnergyProfile]],
         clock: Callable[[], float],
         unix_offset_s: float,
     ) -> None:
+        """``profiles_of``: of the models under these settings; raises ``UserError``."""
         self.name = name
         self.follows: Stamp = NEVER
         self.controller_url = ""  # of the leader; empty while none is known
@@ -62,11 +68,13 @@ class Replica:
         self._router = router
         self._feed = feed
         self._limit = limit
+        self._profiles_of = profiles_of
         self._clock = clock
         self._offset_s = unix_offset_s
         self._heard_s = clock()
         self._shares: tuple[dict[str, float], dict[str, float]] = ({}, {})  # of this stretch of time, and the last
         self._shares_turn_s = 0.0
+        self._missing: dict[str, str] = {}  # profiles that cannot be had here, once that was said
         self._following = asyncio.Event()
 
     async def run(self) -> None:
@@ -113,10 +121,27 @@ class Replica:
         stamp, plain = found
         cluster = read(plain, PublishedCluster)
         now_s = self._clock()
+        self._follow_profiles(cluster.profiles)
         self._deployment.follow(cluster.instances, shares_of(cluster.shares), cluster.coming)
         self._router.update(self._deployment.routing_view(now_s), now_s)
         self.follows = stamp
         self._following.set()
+
+    def _follow_profiles(self, named: Mapping[str, str]) -> None:
+        """Price instances by the profiles that the leader plans with; by those of before where there are none here."""
+        settings = self._deployment.settings
+        models = tuple(replace(model, profile=named.get(model.name, model.profile)) for model in settings.models)
+        if models == settings.models:
+            return
+        after = replace(settings, models=models)
+        try:
+            profiles = self._profiles_of(after)
+        except UserError as error:
+            if named != self._missing:
+                log.warning("%s goes on with the profiles it has: %s", self.name, error)
+            self._missing = dict(named)
+        else:
+            self._deployment.reconfigure(after, profiles)
 
     # --- telling and hearing -----------------------------------------------------------------------------------------
 

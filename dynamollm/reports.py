@@ -80,6 +80,7 @@ class PublishedCluster:
     plan: Stamp  # of the plan it is on the way to
     instances: tuple[Instance, ...]
     shares: tuple[Share, ...]
+    profiles: dict[str, str] = field(default_factory=dict)  # by model, as the leader's configuration has them
     coming: tuple[str, ...] = ()  # pools for which a start is ordered that has not begun
 
 

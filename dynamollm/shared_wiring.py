@@ -30,6 +30,7 @@ from dynamollm.observation import CLASSES, Observer
 from dynamollm.operations import Operations
 from dynamollm.persistence import Persistence
 from dynamollm.publishing import PublishedFleet
+from dynamollm.reload import as_it_is_now
 from dynamollm.replica import Replica
 from dynamollm.runner import Runner, Scraper
 from dynamollm.settings import Settings
@@ -43,6 +44,7 @@ from dynamollm.wiring import (
     build_driver,
     build_ledger,
     build_meter,
+    build_reload,
     build_services,
     build_store,
     length_limits,
@@ -90,7 +92,7 @@ def build_gateway(settings: Settings, name: str, clock: Callable[[], float] = mo
     feed = LedgerFeed(offset_s)
     most = settings.limits.tenant_requests_per_minute
     limit = TenantLimit(most, offset_s) if most is not None else None
-    replica = Replica(name, store, deployment, router, feed, limit, clock, offset_s)
+    replica = Replica(name, store, deployment, router, feed, limit, load_profiles, clock, offset_s)
     watch = SloWatch(router, replica.on_share)
     accounted = AccountedRouter(router, feed, watch.on_first_token)
     estimator, predictor = TokenEstimator(settings.slo.cuts), LearnedLengths(length_limits(settings))
@@ -119,9 +121,15 @@ def build_gateway(settings: Settings, name: str, clock: Callable[[], float] = mo
 
 
 def build_commander(
-    settings: Settings, name: str, clock: Callable[[], float] = monotonic_s
+    settings: Settings,
+    name: str,
+    clock: Callable[[], float] = monotonic_s,
+    read: Callable[[], Settings] | None = None,
 ) -> Commander[ControllerTerm]:
-    """Put a controller together; starts nothing. Raises ``UserError`` for a profile or a file it cannot use."""
+    """Put a controller together; starts nothing. Raises ``UserError`` for a profile or a file it cannot use.
+
+    ``read``: the configuration as it is now, for every term to begin with and to reload; ``settings`` stand without.
+    """
     if settings.energy.carbon_zone is not None:
         raise UserError("energy.carbon_zone: asked by a deployment of one process alone; use carbon_file")
     store = build_store(settings.store)
@@ -130,10 +138,21 @@ def build_commander(
     profiles = load_profiles(settings)
     watcher = Observer(Deployment(settings, profiles), collected, clock())
 
-    async def begin(epoch: int) -> ControllerTerm:
-        return build_term(settings, epoch, store, candidate, collected, history, process, clock, offset_s)
+    read_now = read or (lambda: settings)
+    in_force, process = settings, build_process(settings)
 
-    process = build_process(settings)
+    async def begin(epoch: int) -> ControllerTerm:
+        nonlocal in_force, process
+        in_force = as_it_is_now(in_force, read_now, lambda now: (load_profiles(now), build_process(now)))
+        if isinstance(process, StaticController) != (in_force.controller.policy == "static"):
+            await process.close()
+            process = build_process(in_force)
+        return build_term(in_force, read_now, epoch, store, candidate, collected, history, process, clock, offset_s)
+
+    async def warm() -> None:
+        if isinstance(process, ControllerProcess):
+            await process.warm()
+
     return Commander(
         store,
         candidate,
@@ -142,7 +161,7 @@ def build_commander(
         CLASSES * len(settings.models),
         watcher.observe,
         begin,
-        process.warm if isinstance(process, ControllerProcess) else None,
+        warm,
         clock,
         offset_s,
     )
@@ -157,6 +176,7 @@ def build_process(settings: Settings) -> AsyncController:
 
 def build_term(
     settings: Settings,
+    read: Callable[[], Settings],
     epoch: int,
     store: Store,
     candidate: Candidate,
@@ -212,7 +232,6 @@ def build_term(
         runner=runner,
         operations=operations,
         control=control,
-        controller=controller,
         router=collected,
         published=published,
         ledger=ledger,
@@ -220,5 +239,8 @@ def build_term(
         metering=metering,
         clock=clock,
         unix_offset_s=offset_s,
+        reload=build_reload(
+            read, runner, deployment, operations, control, history, offset_s, EPOCHS_OF_A_TERM * epoch + 1
+        ),
     )
     return term

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dynamollm.collected import Collected
-from dynamollm.control_loop import AsyncController, ControlLoop
+from dynamollm.control_loop import ControlLoop
 from dynamollm.deployment import Deployment
 from dynamollm.ledger_feed import LedgerTail
 from dynamollm.metering import Metering
 from dynamollm.operations import Operations
 from dynamollm.publishing import PublishedFleet
+from dynamollm.reload import Reload
 from dynamollm.reports import CLUSTER, LEDGER, PublishedCluster, read, shares_of
 from dynamollm.runner import Runner
 from dynamollm.settings import Settings
@@ -43,7 +44,6 @@ class ControllerTerm:
     runner: Runner
     operations: Operations
     control: ControlLoop
-    controller: AsyncController
     router: Collected
     published: PublishedFleet
     ledger: EnergyLedger
@@ -51,6 +51,7 @@ class ControllerTerm:
     metering: Metering | None
     clock: Callable[[], float]
     unix_offset_s: float
+    reload: Reload
     counterfactual: None = None  # requests are known to the gateways alone
 
     @property
@@ -75,7 +76,7 @@ class ControllerTerm:
                 tasks.create_task(self.control.run())
         finally:
             await self.operations.close()
-            await self.controller.close()
+            await self.control.close()
 
     def order(self, actions: Iterable[Action]) -> None:
         """Carry out what the controller decided, and let gateways know which plan that is."""

@@ -261,23 +261,23 @@ def build_controller(
     return ControllerProcess(replace(controller_recipe(settings), past=past), first_epoch)
 
 
-def build_reload(application: Application, read: Callable[[], Settings]) -> Reload:
-    """What follows another configuration while the application runs."""
+def build_reload(
+    read: Callable[[], Settings],
+    runner: Runner,
+    deployment: Deployment,
+    operations: Operations,
+    control: ControlLoop,
+    history: LoadHistory,
+    offset_s: float,
+    first_epoch: int = 1,
+) -> Reload:
+    """What follows another configuration, as ``read`` has it, while a cluster is commanded from an epoch on."""
 
     def controller_of(settings: Settings, epoch: int) -> AsyncController:
-        offset_s = application.unix_offset_s
-        past = tuple((window.until_unix_s - offset_s, window.demand) for window in application.history.windows)
-        return build_controller(settings, epoch, past)
+        past = tuple((window.until_unix_s - offset_s, window.demand) for window in history.windows)
+        return build_controller(settings, max(epoch, first_epoch), past)
 
-    return Reload(
-        read,
-        load_profiles,
-        controller_of,
-        application.deployment,
-        application.runner.publish,
-        application.operations,
-        application.control,
-    )
+    return Reload(read, load_profiles, controller_of, deployment, runner.publish, operations, control)
 
 
 def load_profiles(settings: Settings) -> dict[str, EnergyProfile]:

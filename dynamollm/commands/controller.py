@@ -14,6 +14,7 @@ from dynamollm.commands.config import config_option
 from dynamollm.commands.roles import engine_option, open_port, role_settings, site_option, stdin_option, verbose_option
 from dynamollm.controller_app import controller_app
 from dynamollm.role_server import RoleServer, serve_beside
+from dynamollm.settings import Settings
 from dynamollm.shared_wiring import build_commander, process_name
 from dynamollm.sharing_metrics import CommanderMetrics
 from dynamollm.site_metrics import SiteMetrics
@@ -50,8 +51,12 @@ def command(
     within controller.lease_s and a little when it falls silent. With emulated instances, let them run in processes
     that outlive the controller: dynamollm emulate --node, and driver.emulators.
     """
-    settings = role_settings(config_file, engine, verbose)
-    commander = build_commander(settings, name or process_name("controller"))
+
+    def read() -> Settings:
+        return role_settings(config_file, engine, verbose)
+
+    settings = read()
+    commander = build_commander(settings, name or process_name("controller"), read=read)
     listener = open_port(host, port, shared=False)
     with contextlib.suppress(KeyboardInterrupt), listener:
         commander.url = url or "http://{}:{}".format(*listener.getsockname()[:2])

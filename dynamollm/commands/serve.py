@@ -74,7 +74,8 @@ def command(
         asyncio.run(serve_roles(roles))
         return
     application = build(settings)
-    reload = build_reload(application, read)
+    a = application
+    reload = build_reload(read, a.runner, a.deployment, a.operations, a.control, a.history, a.unix_offset_s)
     try:
         listener = listen(place.host, place.port)
     except OSError as error:

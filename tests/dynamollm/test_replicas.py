@@ -1,6 +1,7 @@
 """Gateways and the published cluster over one store, in virtual time: following, telling, drains, outages."""
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ from dynamollm.ledger_feed import LedgerFeed
 from dynamollm.publishing import REFRESH_S, PublishedFleet
 from dynamollm.replica import REPORT_TTL_S, Replica
 from dynamollm.reports import CLUSTER, CONTROLLERS, GATEWAYS, LEDGER, ControllerReport, GatewayReport, document, read
+from dynamollm.settings import Settings
 from dynamollm.store import NEVER, Document, Stamp
 from dynamollm.tenants import TenantLimit
+from dynamollm.wiring import load_profiles
 from energy.accounting import User
 from energy.adapters.catalogue import load_profile
 from pools.classes import RequestClass, Slo
@@ -79,7 +82,7 @@ class World:
     def _replica(self, name: str, tenant_limit: float | None) -> Replica:
         deployment, router, feed = Deployment(SETTINGS, PROFILES), Router(), LedgerFeed(OFFSET_S)
         limit = TenantLimit(tenant_limit, OFFSET_S) if tenant_limit else None
-        replica = Replica(name, self.store, deployment, router, feed, limit, self.now, OFFSET_S)
+        replica = Replica(name, self.store, deployment, router, feed, limit, load_profiles, self.now, OFFSET_S)
         replica.parts = deployment, router, feed, limit  # type: ignore[attr-defined]
         return replica
 
@@ -149,6 +152,35 @@ def test_gateways_follow_what_is_published_and_route_to_it():
         world.show()
         await asyncio.sleep(1.0)
         assert all(send(replica, "b", world.now()) != "ss-1" for replica in world.replicas)
+
+    play(scenario)
+
+
+def test_gateways_price_by_the_profiles_the_leader_plans_with_as_far_as_they_have_them(caplog):
+    def named(profile: str) -> Settings:
+        return dataclasses.replace(SETTINGS, models=(dataclasses.replace(SETTINGS.models[0], profile=profile),))
+
+    async def scenario(world: World) -> None:
+        deployments = [replica.parts[0] for replica in world.replicas]
+        steps = [deployment.routing_view(world.now()).instances[0].step for deployment in deployments]
+        other = named("llama-2-70b-h100")
+        world.deployment.reconfigure(other, load_profiles(other))
+        world.show()
+        await asyncio.sleep(1.0)
+        for deployment, before in zip(deployments, steps, strict=True):
+            assert deployment.settings == other
+            after = deployment.routing_view(world.now()).instances[0].step
+            assert after != before
+            assert after == world.deployment.routing_view(world.now()).instances[0].step
+        world.deployment.reconfigure(named("gpt-9"), world.deployment.profiles)
+        world.deployment.change(InstanceEvent("ss-1", InstanceState.STOPPED))
+        for _ in range(3):
+            world.show()
+            await asyncio.sleep(1.0)
+        assert all(deployment.settings == other for deployment in deployments)
+        assert all(deployment.instances == world.deployment.instances for deployment in deployments)
+        assert not any(replica.store_away for replica in world.replicas)
+        assert caplog.text.count("goes on with the profiles it has") == len(deployments), "said once by each"
 
     play(scenario)
 
