@@ -117,8 +117,8 @@ def _parts(table: Mapping[str, Any]) -> str:
 def _runs(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a policy and kind of knowledge: mean and range over seeds; change is to the same seed with all known."""
     lines = [
-        "| policy | known | runs | kWh | range | vs all known % | range | in SLO % | least | TTFT P50 s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| policy | known | runs | kWh | range | vs all known % | range | in SLO % | least | TTFT P50 s | P99, worst |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     known = {(row["policy"], row["seed"]): float(row["kwh"]) for row in rows if row["known"] == ALL_KNOWN}
     for policy, kind in dict.fromkeys((row["policy"], row["known"]) for row in rows):
@@ -131,6 +131,7 @@ def _runs(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| {policy} | {kind} | {len(same)} | {_mean(kwh):.2f} | {min(kwh):.2f} to {max(kwh):.2f} |"
             f" {_mean(change):+.1f} | {min(change):+.1f} to {max(change):+.1f} |"
             f" {_mean(in_slo):.2f} | {min(in_slo):.2f} | {ttft_s:.3f} |"
+            f" {max(row['ttft_p99_s'] for row in same):.1f} |"
         )
     return "\n".join(lines)
 
