@@ -1,12 +1,16 @@
 """The page says what the files say, and owns up to every rival that did better."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from benchmarks import predictors_page
 from benchmarks.predictors_page import ALL_KNOWN, BOTH_PREDICTED, write_page
 from benchmarks.simulation_report import write_json
+
+PAGE = Path(__file__).parents[2] / "docs" / "predictors.md"
+STORED = Path(predictors_page.__file__).parent / "results" / "predictors"
 
 
 def length_row(name, **changes):
@@ -101,3 +105,9 @@ def test_the_notes_hold_every_mark_once():
     text = predictors_page.NOTES.read_text()
     for mark in ("texts", "conversation", "code", "code parts", "servegen", "servegen parts", "simulated", "commits"):
         assert text.count(f"@@{mark}@@") == 1
+
+
+def test_the_page_in_the_repository_is_what_its_files_make(tmp_path):
+    page = tmp_path / "predictors.md"
+    write_page(STORED, page)
+    assert page.read_text() == PAGE.read_text()
