@@ -69,8 +69,10 @@ class Deployment:
         """Reserve GPUs for every instance the settings ask for, largest TP first; the specifications to start.
 
         Those that run already count, whatever their TP: a controller has had its reasons. Where one plans, what runs
-        is what it wanted, and it says itself what is missing.
+        is what it wanted, and it says itself what is missing. Servers of a file are the driver's to find.
         """
+        if self.settings.driver.urls_file is not None:
+            return []
         running = Counter(instance.pool for instance in self.instances.values())
         if running and self.settings.controller.policy != "static":
             return []

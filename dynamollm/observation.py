@@ -18,6 +18,7 @@ from solver.control import STATE_CODE, ClusterState, Demand, InstanceViews, Obse
 
 CLASSES = len(REQUEST_CLASSES)
 NONE = ClassTraffic()
+NOWHERE = -1  # the node of an attached server that nobody told
 
 
 class CountedTraffic(Protocol):
@@ -125,7 +126,7 @@ class Observer:
         views = InstanceViews(
             ids=tuple(i.id for i in instances),
             pool=_ints(pools.index(i.pool) for i in instances),
-            node=_ints(names.index(i.gpus[0].node) for i in instances),
+            node=_ints(names.index(i.gpus[0].node) if i.gpus else NOWHERE for i in instances),
             tp=_ints(i.shape.tp for i in instances),
             state=_ints(STATE_CODE[i.state] for i in instances),
             sm_clock_mhz=_ints(deployment.ordered_sm_clock_mhz(i.id) for i in instances),

@@ -22,6 +22,7 @@ log = logging.getLogger("dynamollm.runner")
 SCRAPE_PERIOD_S = 5.0
 FIRST_RESTART_S = 1.0
 LAST_RESTART_S = 60.0
+DRAIN_POLL_S = 0.25  # how often it is looked whether the requests of an instance that is taken away have ended
 START_WEIGHT = 0.3  # of the last start in what the next one is expected to take
 
 
@@ -120,23 +121,44 @@ class Runner:
                 starting = [self._tasks.create_task(self._start(spec)) for spec in self._deployment.configured()]
                 self._tasks.create_task(self._watch_settling(starting))
                 async for event in events:
-                    self.take_in(event)
+                    await self._hear(event)
         finally:
             await self._driver.close()
 
     async def _adopt(self) -> None:
         """Take over what an earlier controller left running; what the settings no longer know is stopped."""
         for instance in await self._driver.list():
-            if why := self._deployment.adopt(instance):
-                log.warning("instance %s runs and is stopped: %s", instance.id, why)
-                await self._driver.stop(instance.id, grace_s=0.0)
-                continue
-            log.info("instance %s runs already, %s at %s", instance.id, instance.state.value, instance.url)
+            await self._take_over(instance)
+        if self._deployment.instances:
+            self.publish()
+
+    async def _take_over(self, instance: Instance) -> None:
+        if why := self._deployment.adopt(instance):
+            log.warning("instance %s runs and is stopped: %s", instance.id, why)
+            await self._driver.stop(instance.id, grace_s=0.0)
+            return
+        log.info("instance %s runs already, %s at %s", instance.id, instance.state.value, instance.url)
+        if instance.gpus:  # else nobody knows where to start another in its place
             self._specs[instance.id] = InstanceSpec(
                 instance.id, instance.pool, instance.shape, instance.gpus, instance.sm_clock_mhz
             )
-        if self._deployment.instances:
+
+    async def _hear(self, event: InstanceEvent) -> None:
+        """What the driver tells; what it has come upon is taken over, what is taken away is let go of."""
+        if event.found is None:
+            self.take_in(event)
+        elif event.instance_id not in self._deployment.instances:
+            await self._take_over(event.found)
             self.publish()
+        if event.withdrawn:
+            self._tasks.create_task(self._let_go(event.instance_id))
+
+    async def _let_go(self, instance_id: str) -> None:
+        while True:
+            if self.in_flight(instance_id) == 0:
+                break
+            await asyncio.sleep(DRAIN_POLL_S)
+        await self._driver.stop(instance_id, grace_s=0.0)
 
     async def adopted(self) -> None:
         """Wait until it is known what ran before."""

@@ -142,6 +142,7 @@ class DriverSettings:
     processes: Annotated[int, Field(ge=1, le=64)] = 1  # emulator: processes that share the instances
     emulators: dict[str, str] = field(default_factory=dict)  # emulator: node -> control URL of one that runs already
     urls: dict[str, tuple[str, ...]] = field(default_factory=dict)  # attach: pool name -> base URLs
+    urls_file: str | None = None  # attach: a YAML file of servers instead, followed while it changes
     vllm: VllmSettings = field(default_factory=VllmSettings)
     ray: RaySettings = field(default_factory=RaySettings)
     kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
@@ -340,6 +341,8 @@ def _check_driver(settings: Settings) -> list[str]:
             problems = _check_emulators(settings)
     if settings.driver.urls:
         problems.append("driver.urls: only the attach driver takes URLs")
+    if settings.driver.urls_file is not None:
+        problems.append("driver.urls_file: only the attach driver takes URLs")
     return problems
 
 
@@ -400,9 +403,19 @@ def _check_attached(settings: Settings) -> list[str]:
             if not url.startswith("http://")
         ]
     if settings.controller.policy != "static":
-        problems.append("controller.policy: attached servers are not this gateway's to start or clock; use static")
-    if not any(settings.driver.urls.values()):
-        problems.append("driver.urls: the attach driver needs at least one URL")
+        problems.append("controller.policy: attached servers are not this gateway's to start or stop; use static")
+    return problems + _check_servers(settings)
+
+
+def _check_servers(settings: Settings) -> list[str]:
+    """One source of servers; clocks only where it says whose GPUs are whose."""
+    driver = settings.driver
+    if driver.urls_file is not None:
+        problems = ["driver.urls: driver.urls_file is given too; keep one"] if driver.urls else []
+        return problems + _check_agents(settings)
+    problems = [] if any(driver.urls.values()) else ["driver.urls: the attach driver needs at least one URL"]
+    if driver.vllm.agents:
+        problems.append("driver.vllm.agents: driver.urls does not say whose GPUs are whose; use driver.urls_file")
     return problems
 
 

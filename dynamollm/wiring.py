@@ -16,6 +16,7 @@ from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.adapters.engine_probe import HttpEngineProbe
 from dynamollm.adapters.redis_store import RedisStore
 from dynamollm.adapters.sqlite_store import SqliteStore
+from dynamollm.attach_wiring import build_attach_driver
 from dynamollm.cluster_metrics import ControlMetrics, FleetMetrics, SavingsMetrics
 from dynamollm.control_loop import AsyncController, ControlLoop, StaticController
 from dynamollm.controller_recipe import controller_recipe
@@ -49,7 +50,6 @@ from energy.carbon import CarbonError, CarbonIntensity, StaticIntensity, intensi
 from energy.profile import EnergyProfile, ProfileError
 from pools.adapters.tokenizer_files import load_tokenizer
 from pools.classes import ClassSlos
-from pools.drivers.attach import AttachDriver
 from pools.drivers.emulator import EmulatedMachine, EmulatedModel, EmulatorDriver
 from pools.drivers.port import InstanceDriver, MeteredDriver
 from pools.escalation import EscalationLimits
@@ -315,7 +315,7 @@ def build_driver(settings: Settings) -> InstanceDriver:
     driver = settings.driver
     match driver.kind:
         case "attach":
-            return AttachDriver(driver.urls)
+            return build_attach_driver(settings)
         case "kubernetes":
             return build_kubernetes_driver(settings)
         case "ray":

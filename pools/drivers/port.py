@@ -42,11 +42,17 @@ class InstanceSpec:
 
 @dataclass(frozen=True, slots=True)
 class InstanceEvent:
-    """An instance came into a state; ``reason`` says why where that is not plain (crash, refused start)."""
+    """An instance came into a state; ``reason`` says why where that is not plain (crash, refused start).
+
+    ``found``: the instance, where nobody asked for it: somebody else started it, and the driver came upon it.
+    ``withdrawn``: it is DRAINING because somebody else takes it away: ``stop`` it when its requests have ended.
+    """
 
     instance_id: str
     state: InstanceState
     reason: str = ""
+    found: Instance | None = None
+    withdrawn: bool = False
 
 
 class DriverError(Exception):

@@ -102,8 +102,21 @@ def test_show_never_prints_a_key(tmp_path):
         ({"driver": {"kind": "attach", "urls": {"all": ["h:1"]}}}, "driver.urls.all[0]: must begin with http://"),
         (
             {"driver": {"kind": "attach", "urls": {"all": ["http://h"]}}},
-            "controller.policy: attached servers are not this gateway's to start or clock; use static",
+            "controller.policy: attached servers are not this gateway's to start or stop; use static",
         ),
+        (
+            {"driver": {"kind": "attach", "urls": {"all": ["http://h"]}, "urls_file": "s.yaml"}},
+            "driver.urls: driver.urls_file is given too; keep one",
+        ),
+        (
+            {"driver": {"kind": "attach", "urls": {"all": ["http://h"]}, "vllm": {"agents": {"n": "unix:/a"}}}},
+            "driver.vllm.agents: driver.urls does not say whose GPUs are whose; use driver.urls_file",
+        ),
+        (
+            {"driver": {"kind": "attach", "urls_file": "s.yaml", "vllm": {"agents": {"x": "unix:/a"}}}},
+            "driver.vllm.agents.x: no such node",
+        ),
+        ({"driver": {"urls_file": "s.yaml"}}, "driver.urls_file: only the attach driver takes URLs"),
         ({"store": {"kind": "redis", "url": "h:6379"}}, "store.url: must begin with redis://"),
         ({"energy": {"carbon_zone": "DE"}}, "energy.carbon_token: a zone needs the token"),
         ({"energy": {"carbon_region": "x", "carbon_g_per_kwh": 1}}, "energy.carbon_g_per_kwh: carbon_region is given"),

@@ -1,0 +1,58 @@
+"""AttachedFile: servers that somebody else started, as a file tells them, followed while it changes.
+
+A file that is wrong changes nothing: the servers of the last good one stand, and the log says what is wrong and where.
+How the file is written is whoever parses it's business.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pools.instances import GpuSlot, InstanceShape
+
+log = logging.getLogger("dynamollm.attach")
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedServer:
+    """One server; equal ones are the same. ``gpus``: those it runs on, where that is known."""
+
+    pool: str
+    shape: InstanceShape
+    url: str
+    sm_clock_mhz: int  # what it is to run at, where its GPUs' clocks can be set
+    gpus: tuple[GpuSlot, ...] = ()
+
+
+class AttachedFile:
+    """Reads ``path`` when it has changed; ``parse`` makes servers of its text."""
+
+    def __init__(self, path: Path, parse: Callable[[str], tuple[AttachedServer, ...]]) -> None:
+        """``parse`` raises ``ValueError`` whose text names the file and the line or key that is wrong."""
+        self.path = path
+        self._parse = parse
+        self._seen: tuple[int, int, int] | None = None
+
+    def read(self) -> tuple[AttachedServer, ...]:
+        """All servers it has now. Raises ``OSError``, and ``ValueError`` for what it cannot be."""
+        return self._parse(self.path.read_text(encoding="utf-8"))
+
+    def changed(self) -> tuple[AttachedServer, ...] | None:
+        """All servers, if it was written since the last look and is right; else None. Blocks; raises nothing."""
+        try:
+            status = self.path.stat()
+            seen = (status.st_mtime_ns, status.st_size, status.st_ino)  # of a file moved over it the inode differs
+            if seen == self._seen:
+                return None
+            self._seen = seen
+            return self.read()
+        except FileNotFoundError:
+            if self._seen is not None:
+                log.error("%s: is gone; its servers stay as they were", self.path)
+            self._seen = None
+        except OSError as error:
+            log.error("%s: %s; its servers stay as they were", self.path, error.strerror)
+        except ValueError as error:
+            log.error("%s\n  its servers stay as they were", error)
+        return None
