@@ -10,7 +10,6 @@ from pydantic import ConfigDict, Field
 from dynamollm.adapters.configuration import parse_yaml
 from dynamollm.deployment import node_gpus
 from dynamollm.errors import UserError
-from dynamollm.names import closest
 from dynamollm.settings import Name, Settings, TensorParallel
 from dynamollm.validation import ConfigurationError
 from dynamollm.validation import build as validated
@@ -105,8 +104,7 @@ def _problems(entries: Mapping[str, tuple[ServerEntry, ...]], settings: Settings
     held: dict[tuple[str, int], str] = {}
     for name, servers in entries.items():
         if name not in pools:
-            near = closest(name, pools)
-            yield f"{name}: no such pool; " + (f"did you mean {near}?" if near else f"there are {', '.join(pools)}")
+            yield f"{name}: no such pool; there are {', '.join(pools)}"
         for index, entry in enumerate(servers):
             at = f"{name}[{index}]"
             if not entry.url.startswith("http://"):

@@ -77,6 +77,8 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigurationError(source, [f"{place}{error.problem}"]) from None
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise ConfigurationError(source, [" ".join(str(error).split())]) from None
 
 
 def apply_environment(plain: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:

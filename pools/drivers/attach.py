@@ -31,7 +31,7 @@ REFUSED_PERIOD_S = 30.0  # how long a server of the file that refuses requests i
 
 
 class AttachDriver:
-    """See ``InstanceDriver``. ``urls``: base URLs by pool name; or a ``file`` of servers, and their GPUs' ``clocks``."""
+    """See ``InstanceDriver``. ``urls``: base URLs by pool name; or a ``file`` of servers, and their ``clocks``."""
 
     def __init__(
         self,
@@ -154,15 +154,16 @@ class AttachDriver:
         """See ``InstanceDriver``; the server runs on, only this gateway forgets it."""
         if (instance := self._instances.get(instance_id)) is None:
             return
-        self._probes[instance_id].cancel()
-        await asyncio.wait((self._probes[instance_id],))
+        if (probe := self._probes.pop(instance_id, None)) is not None:
+            probe.cancel()
+            await asyncio.wait((probe,))
         await self._forget(instance, InstanceState.STOPPED)
 
     async def _forget(self, instance: Instance, state: InstanceState, reason: str = "") -> None:
         """Its URL is free again; the locks on its GPUs are taken off, unless another stands there by now."""
         if self._instances.pop(instance.id, None) is None:
             return
-        del self._probes[instance.id]
+        self._probes.pop(instance.id, None)
         self._unlocked.discard(instance.id)
         if self._found.pop(instance.id, None) is None:
             self._free[instance.pool].append(instance.url)

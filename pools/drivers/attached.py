@@ -36,7 +36,11 @@ class AttachedFile:
 
     def read(self) -> tuple[AttachedServer, ...]:
         """All servers it has now. Raises ``OSError``, and ``ValueError`` for what it cannot be."""
-        return self._parse(self.path.read_text(encoding="utf-8"))
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        return self._parse(text)
 
     def changed(self) -> tuple[AttachedServer, ...] | None:
         """All servers, if it was written since the last look and is right; else None. Blocks; raises nothing."""

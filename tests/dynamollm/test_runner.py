@@ -12,8 +12,8 @@ from dynamollm.deployment import Deployment, node_gpus
 from dynamollm.runner import Runner, restart_delay_s
 from energy.adapters.catalogue import load_profile
 from pools.drivers.fake import FakeDriver
-from pools.drivers.port import DriverError, InstanceSpec
-from pools.instances import GpuSlot, InstanceShape, InstanceState
+from pools.drivers.port import DriverError, InstanceEvent, InstanceSpec
+from pools.instances import GpuSlot, Instance, InstanceShape, InstanceState
 from pools.view import ClusterView, EngineLoad
 from simulator.virtual_loop import run
 
@@ -24,6 +24,7 @@ class SeenRouter:
     def __init__(self) -> None:
         self.views: list[ClusterView] = []
         self.loads: list[tuple[str, float]] = []
+        self.sent: dict[str, int] = {}
 
     def update(self, view: ClusterView, now_s: float) -> None:
         self.views.append(view)
@@ -32,7 +33,7 @@ class SeenRouter:
         self.loads.append((instance_id, now_s))
 
     def in_flight(self, instance_id: str) -> int:
-        return 0
+        return self.sent.get(instance_id, 0)
 
     def ready(self) -> list[str]:
         return [v.instance.id for v in self.views[-1].instances if v.instance.state is InstanceState.READY]
@@ -280,5 +281,47 @@ def test_what_a_lost_node_held_comes_back_on_another_one():
         await asyncio.sleep(3)
         (again,) = (i for i in world.deployment.instances.values() if i.pool == "SS")
         assert again.gpus[0].node != lost
+
+    in_world(scenario)
+
+
+def test_an_instance_the_driver_comes_upon_is_taken_over_and_let_go_of_once_its_requests_have_ended():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        shape = InstanceShape("llama-3.1-70b", "H100-SXM", 2)
+        found = Instance("found-1", "LL", shape, "http://a:1", InstanceState.STARTING, 1980)
+        for _ in range(2):  # heard again after it was listed
+            world.driver._broadcast.publish(InstanceEvent(found.id, found.state, found=found))
+        world.driver._broadcast.publish(InstanceEvent(found.id, InstanceState.READY))
+        await asyncio.sleep(1)
+        assert "found-1" in world.router.ready()
+        stopped = []
+
+        async def stop(instance_id: str, grace_s: float) -> None:
+            stopped.append(instance_id)
+            world.driver._broadcast.publish(InstanceEvent(instance_id, InstanceState.STOPPED))
+
+        world.driver.stop = stop
+        world.router.sent["found-1"] = 1
+        world.driver._broadcast.publish(InstanceEvent(found.id, InstanceState.DRAINING, withdrawn=True))
+        await asyncio.sleep(60)
+        assert "found-1" not in world.router.ready()
+        assert world.deployment.instances["found-1"].state is InstanceState.DRAINING
+        assert stopped == []
+        world.router.sent["found-1"] = 0
+        await asyncio.sleep(1)
+        assert stopped == ["found-1"]
+        assert "found-1" not in world.deployment.instances
+
+    in_world(scenario)
+
+
+def test_an_instance_of_a_pool_that_is_not_configured_is_not_taken_over():
+    async def scenario(world: World) -> None:
+        await world.runner.settled()
+        found = Instance("x-1", "x", InstanceShape("m", "H100-SXM", 1), "http://a:1", InstanceState.STARTING, 1980)
+        world.driver._broadcast.publish(InstanceEvent(found.id, found.state, found=found))
+        await asyncio.sleep(1)
+        assert "x-1" not in world.deployment.instances
 
     in_world(scenario)
