@@ -69,9 +69,11 @@ def parse_servers(
     ``profiles``, by model: the clock of pools that set none is the highest.
     """
     plain = parse_yaml(text, source)
-    if not isinstance(plain, dict | None):
+    if plain is None:  # an accident rather than an order to let all of them go
+        raise ConfigurationError(source, ["is empty; write {} where there shall be no server"])
+    if not isinstance(plain, dict):
         raise ConfigurationError(source, [f"must hold servers by pool name, not a {type(plain).__name__}"])
-    entries = validated(dict[str, tuple[ServerEntry, ...]], plain or {}, source)
+    entries = validated(dict[str, tuple[ServerEntry, ...]], plain, source)
     if problems := list(_problems(entries, settings)):
         raise ConfigurationError(source, problems)
     pools = {pool.name: pool for pool in settings.pools}

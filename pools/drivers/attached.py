@@ -1,7 +1,8 @@
 """AttachedFile: servers that somebody else started, as a file tells them, followed while it changes.
 
-A file that is wrong changes nothing: the servers of the last good one stand, and the log says what is wrong and where.
-How the file is written is whoever parses it's business.
+A change is read once the file has stayed the same between two looks, so that one that is just being written is not
+taken for a short one. A file that is wrong changes nothing: the servers of the last good one stand, and the log says
+what is wrong and where. It knows nothing of the file's format.
 """
 
 import logging
@@ -32,7 +33,8 @@ class AttachedFile:
         """``parse`` raises ``ValueError`` whose text names the file and the line or key that is wrong."""
         self.path = path
         self._parse = parse
-        self._seen: tuple[int, int, int] | None = None
+        self._read_as: tuple[int, int, int] | None = None  # how it was when it was read
+        self._last: tuple[int, int, int] | None = None  # how it was at the last look
 
     def read(self) -> tuple[AttachedServer, ...]:
         """All servers it has now. Raises ``OSError``, and ``ValueError`` for what it cannot be."""
@@ -43,18 +45,20 @@ class AttachedFile:
         return self._parse(text)
 
     def changed(self) -> tuple[AttachedServer, ...] | None:
-        """All servers, if it was written since the last look and is right; else None. Blocks; raises nothing."""
+        """All servers, if it has changed since it was read, and is right; else None. Blocks; raises nothing."""
         try:
             status = self.path.stat()
-            seen = (status.st_mtime_ns, status.st_size, status.st_ino)  # of a file moved over it the inode differs
-            if seen == self._seen:
+            now = (status.st_mtime_ns, status.st_size, status.st_ino)  # of a file moved over it the inode differs
+            stays = self._last in (None, now)
+            self._last = now
+            if now == self._read_as or not stays:
                 return None
-            self._seen = seen
+            self._read_as = now
             return self.read()
         except FileNotFoundError:
-            if self._seen is not None:
+            if self._read_as is not None:
                 log.error("%s: is gone; its servers stay as they were", self.path)
-            self._seen = None
+            self._read_as = None
         except OSError as error:
             log.error("%s: %s; its servers stay as they were", self.path, error.strerror)
         except ValueError as error:

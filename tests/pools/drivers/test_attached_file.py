@@ -212,3 +212,17 @@ def test_there_is_nothing_to_start(tmp_path):
         assert await world.driver.list() == ()
 
     in_world(tmp_path, "", scenario)
+
+
+def test_a_file_that_is_being_written_is_read_once_it_stays_the_same(tmp_path):
+    path = tmp_path / "servers.txt"
+    path.write_text("a\nb")
+    file = AttachedFile(path, parse)
+    assert [one.url for one in file.changed()] == ["http://a:1", "http://b:1"]  # at start there is nothing to lose
+    assert file.changed() is None
+    path.write_text("")
+    assert file.changed() is None
+    path.write_text("a\nb\nc")
+    assert file.changed() is None
+    assert [one.url for one in file.changed()] == ["http://a:1", "http://b:1", "http://c:1"]
+    assert file.changed() is None
