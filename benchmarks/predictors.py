@@ -75,11 +75,18 @@ def main(parts: str, seeds: str, policies: str) -> None:
 
 
 def lengths() -> Iterator[dict[str, Any]]:
-    """Both sets of requests with real output lengths that there are."""
+    """Requests with real output lengths: two sets that the product's steps were picked on, and two they were not."""
     costs = LengthCosts.of(load_capacity(PROFILE))
     proxy = _proxy_words()
     tables = {}
-    for name, samples in (("texts", _texts()), ("conversation", _trace("conv")[:CONVERSATION])):
+    conversation = _trace("conv")
+    sets = {
+        "texts": _texts(),
+        "conversation": conversation[:CONVERSATION],
+        "conversation, fresh": conversation[CONVERSATION : 2 * CONVERSATION],
+        "code, fresh": _trace("code")[:CONVERSATION],
+    }
+    for name, samples in sets.items():
         truth = {sample.features: sample.output_tokens for sample in samples}
         makers: dict[str, Callable[[], Contestant]] = {
             "constant": lambda: Constant("median"),

@@ -16,6 +16,7 @@ NOTES = Path(__file__).resolve().parent / "predictors_notes.md"
 ALL_KNOWN = "lengths and loads known"
 BOTH_PREDICTED = "both predicted"
 PRODUCT = "product"
+SETS = ("texts", "conversation", "conversation, fresh", "code, fresh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def write_page(results: Path, page: Path) -> None:
     """Put the tables into the notes. Raises ``FileNotFoundError`` for a part that was never measured."""
     lengths, loads, runs = (_stored(results, part) for part in ("lengths", "loads", "simulated"))
     text = NOTES.read_text(encoding="utf-8")
-    for kind in ("texts", "conversation"):
+    for kind in SETS:
         text = text.replace(f"@@{kind}@@", _contest(lengths[kind], LENGTHS))
     for trace, mark in (("azure-2024-code-week", "code"), ("servegen-week", "servegen")):
         text = text.replace(f"@@{mark}@@", _contest(loads[trace]["rows"], LOADS))

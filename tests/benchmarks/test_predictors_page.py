@@ -35,7 +35,8 @@ def results(tmp_path):
         length_row("product, least cost", loss_j=1.0),
         length_row("rival", accuracy=0.9, error_tokens=49.999, loss_j=30.0),
     ]
-    write_json(tmp_path / "lengths.json", {"commit": "aaa", "texts": texts, "conversation": [length_row("product")]})
+    others = {key: [length_row("product")] for key in predictors_page.SETS[1:]}
+    write_json(tmp_path / "lengths.json", {"commit": "aaa", "texts": texts, **others})
     trace = {
         "rows": [load_row("last value", over=0.0799), load_row("true mean", error=0.0), load_row("product")],
         "pools": [load_row("0"), load_row("1", under=0.051)],
@@ -103,7 +104,7 @@ def test_a_part_that_was_never_measured_is_named_with_its_command(results):
 
 def test_the_notes_hold_every_mark_once():
     text = predictors_page.NOTES.read_text()
-    for mark in ("texts", "conversation", "code", "code parts", "servegen", "servegen parts", "simulated", "commits"):
+    for mark in (*predictors_page.SETS, "code", "code parts", "servegen", "servegen parts", "simulated", "commits"):
         assert text.count(f"@@{mark}@@") == 1
 
 
