@@ -2,7 +2,7 @@
 
     python -m benchmarks.predictors                          # all parts, then docs/predictors.md
     python -m benchmarks.predictors --part lengths,loads     # minutes on one core
-    python -m benchmarks.predictors --part simulated --policies dynamollm --seeds 1
+    python -m benchmarks.predictors --part simulated --policies dynamollm-paper --seeds 1
     python -m benchmarks.predictors --part document          # the page, from what is stored
 
 Libraries that are compared with (scikit-learn, LightGBM, river, statsmodels) are no dependencies of the product: one
@@ -56,8 +56,8 @@ PARTS = ("lengths", "loads", "simulated", "document")
 
 @click.command()
 @click.option("--part", "parts", default=",".join(PARTS), show_default=True)
-@click.option("--seeds", default="1,2,3", show_default=True, help="Of the simulated part.")
-@click.option("--policies", default="dynamollm,dynamollm-paper", show_default=True, help="Of the simulated part.")
+@click.option("--seeds", default="1,2,3,4,5,6", show_default=True, help="Of the simulated part.")
+@click.option("--policies", default="dynamollm", show_default=True, help="Of the simulated part.")
 def main(parts: str, seeds: str, policies: str) -> None:
     """Measure, print, store and plot."""
     measures: Mapping[str, Callable[[], Iterator[dict[str, Any]]]] = {
