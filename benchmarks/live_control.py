@@ -1,13 +1,13 @@
 """The live demonstration: `dynamollm serve` with its controller, a trace replayed through it, watched from outside.
 
     python -m benchmarks.live_control --speedup 10 --duration 3600    (six minutes at ten times the trace's pace)
-    python -m benchmarks.live_control --speedup 1 --duration 600 --out FOLDER    (parity by the clock)
+    python -m benchmarks.live_control --speedup 1 --duration 600 --config FILE --out FOLDER    (parity by the clock)
 
-Starts the gateway with the built-in cluster and the replay as processes of their own and asks ``/admin/status`` every
-two seconds. Afterwards the same arrivals are simulated, sped up alike: under ``single-pool``, and as the configuration
-itself (`dynamollm simulate --config built-in`), to compare energy and attainment with. Writes a JSON and a plot: load,
-GPUs by TP, clocks and power over time. Energy is the emulated GPUs' own counters, requests are the replay's account,
-what was saved so far is the gateway's own word.
+Starts the gateway with the cluster of ``live_control.yaml`` (or ``--config``) and the replay as processes of their own,
+and asks ``/admin/status`` every two seconds. Afterwards the same arrivals are simulated, sped up alike: under
+``single-pool``, and as the configuration itself (`dynamollm simulate --config`), to compare energy and attainment with.
+Writes a JSON and a plot: load, GPUs by TP, clocks and power over time. Energy is the emulated GPUs' own counters,
+requests are the replay's account, what was saved so far is the gateway's own word.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import yaml
 
 from energy.adapters.capacity_file import load_capacity
 from energy.adapters.catalogue import load_profile
@@ -40,7 +41,7 @@ from simulator.workload.transform import sped_up, window
 OUT = Path(__file__).resolve().parent / "results" / "live-control"
 PERIOD_S = 2.0
 PROFILE = "llama-3.1-70b-fp8-h100"
-NODES = 4  # of the built-in cluster
+CLUSTER = Path(__file__).resolve().parent / "live_control.yaml"
 
 
 def main() -> None:
@@ -49,16 +50,18 @@ def main() -> None:
     parser.add_argument("--trace", default="azure-conv")
     parser.add_argument("--speedup", type=float, default=10.0)
     parser.add_argument("--duration", type=float, default=3600.0, help="seconds of the trace")
+    parser.add_argument("--config", type=Path, default=CLUSTER, help="the cluster")
     parser.add_argument("--port", type=int, default=18432)
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     url = f"http://127.0.0.1:{given.port}"
-    with served(given.port):
+    with served(given.port, given.config):
         samples, report = watched(url, given.trace, given.speedup, given.duration)
         decisions = httpx.get(f"{url}/admin/decisions", params={"last": 500}, timeout=30).json()
         compared = httpx.get(f"{url}/admin/status", timeout=30).json()["counterfactual"]
     workload = sped_up(window(open_workload(given.trace), 0.0, given.duration), given.speedup)
-    baseline_j = single_pool_j(workload)
+    nodes = sum(node["count"] for node in yaml.safe_load(given.config.read_text())["nodes"])
+    baseline_j = single_pool_j(workload, nodes)
     result = {
         "command": " ".join(sys.argv[1:]),
         "machine": f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}, load {os.getloadavg()[0]:.1f}",
@@ -81,14 +84,16 @@ def main() -> None:
         )
     )
     print(
-        f"energy against single-pool (simulated, {8 * NODES} GPUs always on): {-saved:+.1%}; plot {given.out}/run.png"
+        f"energy against single-pool (simulated, {8 * nodes} GPUs always on): {-saved:+.1%}; plot {given.out}/run.png"
     )
 
 
 @contextmanager
-def served(port: int) -> Iterator[None]:
+def served(port: int, config: Path) -> Iterator[None]:
     """The gateway as a person starts it; ended by SIGINT."""
-    process = subprocess.Popen([sys.executable, "-m", "dynamollm", "serve", "--port", str(port)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dynamollm", "serve", "--config", str(config), "--port", str(port)]
+    )
     try:
         deadline_s = time.monotonic() + 60
         while time.monotonic() < deadline_s and process.poll() is None:
@@ -157,7 +162,7 @@ def changes_of(decisions: dict[str, Any]) -> dict[str, int]:
 def as_configured(given: argparse.Namespace) -> dict[str, Any]:
     """The simulator's word on the same arrivals under the very same configuration."""
     output = subprocess.run(
-        f"{sys.executable} -m dynamollm simulate --json --config built-in --trace {given.trace} "
+        f"{sys.executable} -m dynamollm simulate --json --config {given.config} --trace {given.trace} "
         f"--speedup {given.speedup} --duration {given.duration}".split(),
         stdout=subprocess.PIPE,
         text=True,
@@ -182,9 +187,9 @@ def parity(simulated: dict[str, Any], report: dict[str, Any], samples: Sequence[
     }
 
 
-def single_pool_j(workload: Workload) -> float:
-    """What the paper's baseline uses for the same arrivals on the same nodes: all of them, TP8, highest clock."""
-    scenario = Scenario(load_profile(PROFILE), load_capacity(PROFILE), NODES)
+def single_pool_j(workload: Workload, nodes: int) -> float:
+    """What the paper's baseline uses for the same arrivals on so many nodes: all of them, TP8, highest clock."""
+    scenario = Scenario(load_profile(PROFILE), load_capacity(PROFILE), nodes)
     setup, controller = prepare(scenario, "single-pool", workload)
     return simulate(setup, workload, controller, "single-pool", 0).energy_j
 
