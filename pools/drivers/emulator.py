@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import httpx
 
 from pools.drivers.broadcast import EventBroadcast
+from pools.drivers.checks import model_of
 from pools.drivers.port import (
     DriverError,
     GpuBusyError,
@@ -132,10 +133,7 @@ class EmulatorDriver:
         if process is None:
             known = ", ".join(self._machines)
             raise UnknownGpuError(f"instance {spec.id}: there is no node {node!r}; known: {known}")
-        model = self._models.get(spec.shape.model)
-        if model is None:
-            known = ", ".join(self._models)
-            raise StartRefusedError(f"instance {spec.id}: no model {spec.shape.model!r}; known: {known}")
+        model = model_of(spec, self._models)
         if spec.shape.gpu != self._machines[node].gpu:
             raise StartRefusedError(
                 f"instance {spec.id} is for {spec.shape.gpu}, node {node} has {self._machines[node].gpu}"

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field, replace
 from energy.gpu import snap
 from pools.drivers import kubernetes_objects as objects
 from pools.drivers.broadcast import EventBroadcast
+from pools.drivers.checks import check_room, model_of
 from pools.drivers.kubernetes_api import ConflictError, KubernetesApi, NotFoundError
 from pools.drivers.kubernetes_objects import PodTemplate, PodView
 from pools.drivers.port import (
     DriverError,
-    GpuBusyError,
     InstanceEvent,
     InstanceSpec,
     StartRefusedError,
@@ -365,20 +365,10 @@ class KubernetesDriver:
         return running.instance
 
     def _check(self, spec: InstanceSpec) -> VllmModel:
-        if spec.id in self._running:
-            raise DriverError(f"instance {spec.id} runs already")
-        held = {gpu: other.spec.id for other in self._running.values() for gpu in other.spec.gpus}
-        for gpu in spec.gpus:
-            if gpu.index not in range(self._nodes.get(gpu.node, 0)):
-                raise UnknownGpuError(f"instance {spec.id}: there is no GPU {gpu.index} on node {gpu.node!r}")
-            if gpu in held:
-                raise GpuBusyError(f"instance {spec.id}: GPU {gpu.index} of {gpu.node} is held by {held[gpu]}")
+        check_room(spec, (other.spec for other in self._running.values()), self._nodes)
         if spec.gpus[0].node not in self._usable:
             raise UnknownGpuError(f"instance {spec.id}: node {spec.gpus[0].node} is not ready, or is cordoned")
-        if spec.shape.model not in self._models:
-            known = ", ".join(self._models)
-            raise StartRefusedError(f"instance {spec.id}: no model {spec.shape.model!r}; known: {known}")
-        return self._models[spec.shape.model]
+        return model_of(spec, self._models)
 
     async def stop(self, instance_id: str, grace_s: float) -> None:
         """See ``InstanceDriver``: out of readiness, idle or out of time, then its pod and its replica go."""

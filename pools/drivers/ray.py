@@ -22,6 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from energy.gpu import GpuAgentError, GpuReading
 from pools.drivers.broadcast import EventBroadcast
+from pools.drivers.checks import check_room, model_of
 from pools.drivers.port import (
     DriverError,
     GpuBusyError,
@@ -197,11 +198,12 @@ class RayDriver:
     async def start(self, spec: InstanceSpec) -> Instance:
         """See ``InstanceDriver``; returns once the process is spawned, which may wait for an autoscaled node."""
         await self._connect()
-        self._check(spec)
+        check_room(spec, self._specs.values(), self._nodes)
+        model = model_of(spec, self._models)
         self._specs[spec.id] = spec
         try:
             await self._hint()
-            running = await self._bring_up(spec)
+            running = await self._bring_up(spec, model)
         except BaseException:
             del self._specs[spec.id]
             await asyncio.to_thread(self._cluster.release, spec.id)
@@ -212,20 +214,7 @@ class RayDriver:
         running.following = asyncio.get_running_loop().create_task(self._follow(running, 0))
         return running.instance
 
-    def _check(self, spec: InstanceSpec) -> None:
-        if spec.id in self._specs:
-            raise DriverError(f"instance {spec.id} runs already")
-        held = {gpu: other.id for other in self._specs.values() for gpu in other.gpus}
-        for gpu in spec.gpus:
-            if gpu.index not in range(self._nodes.get(gpu.node, 0)):
-                raise UnknownGpuError(f"instance {spec.id}: there is no GPU {gpu.index} on node {gpu.node!r}")
-            if gpu in held:
-                raise GpuBusyError(f"instance {spec.id}: GPU {gpu.index} of {gpu.node} is held by {held[gpu]}")
-        if spec.shape.model not in self._models:
-            known = ", ".join(self._models)
-            raise StartRefusedError(f"instance {spec.id}: no model {spec.shape.model!r}; known: {known}")
-
-    async def _bring_up(self, spec: InstanceSpec) -> _Running:
+    async def _bring_up(self, spec: InstanceSpec, model: VllmModel) -> _Running:
         node_id = await self._node_id(spec)
         group = await asyncio.to_thread(self._cluster.reserve, spec.id, spec.shape.tp, node_id)
         indices = await asyncio.to_thread(self._cluster.granted, group, GRANT_TIMEOUT_S)
@@ -241,7 +230,7 @@ class RayDriver:
         setup = SupervisorSetup(
             replace(spec, sm_clock_mhz=clock_mhz),
             indices,
-            self._models[spec.shape.model],
+            model,
             self._launch,
             self._options.log_dir,
             self._options.start_timeout_s,

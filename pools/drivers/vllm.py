@@ -16,13 +16,12 @@ from pathlib import Path
 
 from energy.gpu import GpuReading
 from pools.drivers.broadcast import EventBroadcast
+from pools.drivers.checks import check_room, model_of
 from pools.drivers.port import (
     DriverError,
-    GpuBusyError,
     InstanceEvent,
     InstanceSpec,
     StartRefusedError,
-    UnknownGpuError,
     UnknownInstanceError,
 )
 from pools.drivers.vllm_clocks import GpuClocks
@@ -92,18 +91,8 @@ class VllmDriver:
         return running.instance
 
     def _check(self, spec: InstanceSpec) -> VllmModel:
-        if spec.id in self._specs:
-            raise DriverError(f"instance {spec.id} runs already")
-        held = {gpu: other.id for other in self._specs.values() for gpu in other.gpus}
-        for gpu in spec.gpus:
-            if gpu.index not in range(self._nodes.get(gpu.node, 0)):
-                raise UnknownGpuError(f"instance {spec.id}: there is no GPU {gpu.index} on node {gpu.node!r}")
-            if gpu in held:
-                raise GpuBusyError(f"instance {spec.id}: GPU {gpu.index} of {gpu.node} is held by {held[gpu]}")
-        if spec.shape.model not in self._models:
-            known = ", ".join(self._models)
-            raise StartRefusedError(f"instance {spec.id}: no model {spec.shape.model!r}; known: {known}")
-        return self._models[spec.shape.model]
+        check_room(spec, self._specs.values(), self._nodes)
+        return model_of(spec, self._models)
 
     async def _spawn(self, spec: InstanceSpec, model: VllmModel) -> _Running:
         clock_mhz = spec.sm_clock_mhz
