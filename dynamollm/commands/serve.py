@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -23,6 +22,7 @@ from dynamollm.commands.serve_roles import Roles, serve_roles
 from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
 from dynamollm.reload import Reload
+from dynamollm.role_server import RoleServer
 from dynamollm.settings import Settings
 from dynamollm.wiring import Application, build, build_reload
 from proxy.serve import calm_collector, gateway_config, listen
@@ -84,26 +84,10 @@ def command(
         ) from None
     with contextlib.suppress(KeyboardInterrupt), listener:
         url = "http://{}:{}".format(*listener.getsockname()[:2])
-        server = GatewayServer(
+        server = RoleServer(
             gateway_config(application.services, place.shutdown_grace_s, admin_routes(lambda: application, reload))
         )
         uvloop.run(_serve(application, server, [listener], url, reload))
-
-
-class GatewayServer(uvicorn.Server):
-    """A uvicorn server that leaves the signals to us: it would re-raise them before the cluster is stopped."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the server gracefully; a second one at once."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal)
-        yield
-
-    def _on_signal(self) -> None:
-        self.force_exit = self.should_exit
-        self.should_exit = True
 
 
 async def _serve(

@@ -17,8 +17,9 @@ from test_vllm_faults import Seen, finished, stream
 from vllm_cluster import START_S
 
 from dynamollm.admin import admin_routes
-from dynamollm.commands.serve import GatewayServer, _run_cluster
+from dynamollm.commands.serve import _run_cluster
 from dynamollm.operations import Outcome
+from dynamollm.role_server import RoleServer
 from dynamollm.settings import (
     ControllerSettings,
     DriverSettings,
@@ -57,7 +58,7 @@ def settings(folder: Path) -> Settings:
 async def serving(application: Application) -> AsyncIterator[str]:
     """The gateway as `dynamollm serve` runs it, once all instances are READY; its URL."""
     listener = listen("127.0.0.1", 0)
-    server = GatewayServer(gateway_config(application.services, 5.0, admin_routes(application)))
+    server = RoleServer(gateway_config(application.services, 5.0, admin_routes(lambda: application)))
     cluster = asyncio.create_task(_run_cluster(application))
     answering = asyncio.create_task(server.serve(sockets=[listener]))
     try:

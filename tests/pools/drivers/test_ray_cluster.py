@@ -18,7 +18,7 @@ import pytest
 from ray_examples import GPUS_A_NODE, NAMESPACE, NODES, RayMachines, ray_driver
 
 from dynamollm import wiring
-from dynamollm.commands.serve import GatewayServer
+from dynamollm.role_server import RoleServer
 from dynamollm.settings import (
     ControllerSettings,
     DriverSettings,
@@ -90,7 +90,7 @@ async def running(told: Settings, controlled: bool = False) -> AsyncIterator[Wor
     application = world.application
     listener = listen("127.0.0.1", 0)
     world.url = "http://{}:{}".format(*listener.getsockname()[:2])
-    server = GatewayServer(gateway_config(application.services, 1.0))
+    server = RoleServer(gateway_config(application.services, 1.0))
     tasks = [asyncio.create_task(application.runner.run()), asyncio.create_task(server.serve(sockets=[listener]))]
     if controlled:
         tasks.append(asyncio.create_task(application.control.run()))
