@@ -2,9 +2,9 @@
 
 When every task waits for a timer, the loop's clock jumps to the next one instead of sleeping, so an hour of back-offs
 and ticks runs in milliseconds and in the same order every time. Sockets and threads still work, in real time: the
-clock jumps only where nothing is ready. A kernel may take its time to carry bytes over TCP, even to itself, and the
-clock would jump meanwhile; so a connection to a server of the same loop is a pair of sockets, whose bytes are there at
-once. For tests and for the parity of live control with the simulator; never serves.
+clock jumps only where nothing is ready and no thread of the loop is at work. A kernel may take its time to carry bytes
+over TCP, even to itself, and the clock would jump meanwhile; so a connection to a server of the same loop is a pair of
+sockets, whose bytes are there at once. For tests and for the parity of live control with the simulator; never serves.
 """
 
 import asyncio
@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+THREAD_PATIENCE_S = 5.0  # how long a thread is waited for, in real time; one that works longer sees the clock jump
+
 
 class _JumpingSelector(selectors.DefaultSelector):
     """A selector that, where it would sleep for a timer, asks for the clock to be moved instead."""
@@ -22,12 +24,13 @@ class _JumpingSelector(selectors.DefaultSelector):
     def __init__(self) -> None:
         super().__init__()
         self.jumped_s = 0.0
+        self.threads = 0  # at work for the loop
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Return ready descriptors; without any, jump over ``timeout``. None blocks: only a thread can go on."""
         if timeout is None:
             return super().select(None)
-        ready = super().select(0)
+        ready = super().select(THREAD_PATIENCE_S if self.threads and timeout > 0 else 0)
         if not ready and timeout > 0:
             self.jumped_s += timeout
         return ready
@@ -45,6 +48,16 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         """Virtual seconds."""
         return self._start_s + self._jumping.jumped_s
+
+    def run_in_executor(self, executor: Any, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:  # type: ignore[override]
+        """As any loop; the clock stands still until the thread has ended."""
+        self._jumping.threads += 1
+        future = super().run_in_executor(executor, function, *arguments)
+        future.add_done_callback(self._thread_ended)
+        return future
+
+    def _thread_ended(self, future: asyncio.Future[Any]) -> None:
+        self._jumping.threads -= 1
 
     async def create_server(
         self, protocol_factory: Callable[[], asyncio.BaseProtocol], *arguments: Any, **options: Any

@@ -3,9 +3,11 @@
 import asyncio
 import socket
 import threading
+import time
 
 import pytest
 
+from simulator import virtual_loop
 from simulator.virtual_loop import run
 
 
@@ -40,6 +42,37 @@ def test_a_thread_is_waited_for_without_a_jump():
         return 1, asyncio.get_running_loop().time()
 
     assert run(main()) == (1, 0.0)
+
+
+def test_the_clock_stands_still_while_a_thread_works_though_a_timer_is_near():
+    async def main() -> list[tuple[str, float]]:
+        heard: list[tuple[str, float]] = []
+        loop = asyncio.get_running_loop()
+
+        async def tick() -> None:
+            await asyncio.sleep(0.001)
+            heard.append(("timer", loop.time()))
+
+        timer = asyncio.create_task(tick())
+        await asyncio.to_thread(time.sleep, 0.05)
+        heard.append(("thread", loop.time()))
+        await timer
+        return heard
+
+    assert run(main()) == [("thread", 0.0), ("timer", 0.001)]
+
+
+def test_a_thread_that_waits_for_the_clock_is_not_waited_for_in_vain(monkeypatch):
+    monkeypatch.setattr(virtual_loop, "THREAD_PATIENCE_S", 0.05)
+
+    async def main() -> float:
+        released = threading.Event()
+        loop = asyncio.get_running_loop()
+        loop.call_later(7.0, released.set)
+        await asyncio.to_thread(released.wait)
+        return loop.time()
+
+    assert run(main()) == 7.0
 
 
 def test_sockets_work():
