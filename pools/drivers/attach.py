@@ -44,6 +44,7 @@ class AttachDriver:
         self._clocks = clocks or GpuClocks({})
         self._file = file
         self._following: asyncio.Task[None] | None = None
+        self._looking = asyncio.Lock()  # one look at a time, however slow the file's disk is
         self._found: dict[str, AttachedServer] = {}  # by instance; those withdrawn are among them until they are let go
         self._unlocked: set[str] = set()  # instances whose clock could not be set
         self._numbers = itertools.count(1)
@@ -102,15 +103,16 @@ class AttachDriver:
     async def _look(self) -> None:
         """Take in what has changed in the file; of a server told otherwise, the old one goes and a new one comes."""
         assert self._file is not None
-        servers = await asyncio.to_thread(self._file.changed)
-        if servers is None:
-            return
-        present = {server: i for i, server in self._found.items() if self._state(i) is not InstanceState.DRAINING}
-        for server in present.keys() - set(servers):
-            self._withdraw(present[server])
-        for server in servers:
-            if server not in present:
-                await self._find(server)
+        async with self._looking:
+            servers = await asyncio.to_thread(self._file.changed)
+            if servers is None:
+                return
+            present = {server: i for i, server in self._found.items() if self._state(i) is not InstanceState.DRAINING}
+            for server in present.keys() - set(servers):
+                self._withdraw(present[server])
+            for server in servers:
+                if server not in present:
+                    await self._find(server)
 
     async def _find(self, server: AttachedServer) -> None:
         name = f"{server.pool.lower()}-{next(self._numbers)}"
