@@ -290,9 +290,13 @@ def test_locks_of_a_driver_that_falls_silent_are_taken_off(ray_cluster: RayMachi
     with pytest.raises(GpuError):
         first.lock_sm_clocks(ClockLock(0, 0))
     ray.kill(agent)  # returns before the actor is gone
-    with pytest.raises(GpuAgentError, match="node-0"):
+
+    def ask_on() -> None:
         while time.monotonic() < deadline_s + 20.0:
             node.gpus()
+
+    with pytest.raises(GpuAgentError, match="node-0"):
+        ask_on()
 
 
 def test_a_process_that_dies_or_cannot_start_frees_its_gpus(ray_cluster: RayMachines):
