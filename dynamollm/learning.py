@@ -17,7 +17,7 @@ class GatewayLengths:
 
     def output_tokens(self, fields: RequestFields, model: str, input_tokens: int, tenant: str) -> float:
         """Tokens of the answer to plan with."""
-        return self._predictor.predict(_features(fields, model, input_tokens, tenant)).tokens
+        return self._predictor.plan(_features(fields, model, input_tokens, tenant))
 
     def learn(self, outcome: Outcome) -> None:
         """Take in an answer that ended by itself; one cut short says nothing of its length."""
@@ -41,16 +41,16 @@ class GatewayTokens:
 
 def _features(fields: RequestFields, model: str, input_tokens: int, tenant: str) -> LengthFeatures:
     return LengthFeatures(
-        model=model,
-        input_tokens=input_tokens,
-        cap_tokens=fields.cap_tokens,
-        hint_tokens=fields.hint_tokens,
-        tools=fields.tools,
-        structured=fields.structured,
-        thinking=fields.thinking,
-        tenant=tenant,
-        tier=fields.service_tier,
-        tool_choice=fields.tool_choice,
-        system=fields.system,
-        turn=fields.turn,
+        model,
+        input_tokens,
+        fields.cap_tokens,
+        fields.hint_tokens,
+        fields.tools,
+        fields.structured,
+        fields.thinking,
+        tenant,
+        fields.service_tier,
+        fields.tool_choice,
+        fields.system,
+        fields.turn,
     )

@@ -21,8 +21,11 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import exp2
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from pools.classes import ClassCuts
 from pools.length_costs import LengthCosts
@@ -75,7 +78,7 @@ class _Credit:
 class _Model:
     """What was learned of one model's answers."""
 
-    __slots__ = ("answers", "bins", "expected", "form", "high", "low", "text")
+    __slots__ = ("answers", "bins", "expected", "form", "high", "low", "read", "text")
 
     def __init__(self, expected: float) -> None:
         self.expected = expected  # octaves, of an answer of which nothing is known
@@ -83,6 +86,7 @@ class _Model:
         self.low = self.high = 0.0  # octaves that the ends of the interval are moved by
         self.form, self.text = _Credit(), _Credit()
         self.bins: dict[int, Residuals] = {}  # _ALL; octaves; from _FINE on: quarters of them
+        self.read: dict[int, _Reading] = {}  # what they say of a quarter, since the last answer was learned
 
     def bin(self, number: int) -> Residuals:
         known = self.bins.get(number)
@@ -91,7 +95,16 @@ class _Model:
         return known
 
 
-class _Promise(NamedTuple):
+class _Reading(msgspec.Struct, frozen=True, gc=False):
+    """The distribution of answers of about one expectation, and three of its quantiles, in octaves off it."""
+
+    residuals: Residuals
+    low: float
+    median: float
+    high: float
+
+
+class _Promise(msgspec.Struct, frozen=True, gc=False):
     """What was said of a request before it began, in octaves."""
 
     marks: Marks
@@ -111,34 +124,41 @@ class LearnedLengths:
         low, high = (math.log2(tokens + 1.0) for tokens in self.limits.cuts.output_tokens)
         self._cold = (low + high) / 2.0
         self._cuts = (low, high)
+        first, second = map(float, self.limits.cuts.output_tokens)
+        below = math.nextafter  # an output size ends before the next begins
+        self._sizes = ((0.0, below(first, 0.0)), (first, below(second, 0.0)), (second, math.inf))
         self._prior = prior_of((high - low) / (2.0 * NormalDist().inv_cdf(2.0 / 3.0)))
         self._weights = array("f", bytes(4 * TABLE))
         self._squares = array("f", [1.0]) * TABLE
         self._models: OrderedDict[str, _Model] = OrderedDict()
+        self._nothing = _Model(self._cold)  # of a model of which nothing was learned
         self._tenants = TenantShares()
         self._promised: OrderedDict[LengthFeatures, _Promise] = OrderedDict()
         self._even = LengthCosts()
+        self._untaught = _Model(self._cold)
 
     def predict(self, features: LengthFeatures) -> PredictedLength:
         """The hint if there is one, else what was learned from requests like it; never over cap or limit."""
-        most = self._most(features)
-        hint = features.hint_tokens
+        most, hint = self._most(features), features.hint_tokens
         if hint is not None and hint >= 0:
             tokens = min(float(hint), most)
             return PredictedLength(tokens, tokens, tokens, tokens)
-        model = self._models.get(features.model) or _Model(self._cold)
-        promise, residuals = self._promise(model, features)
-        self._promised[features] = promise
-        if len(self._promised) > self.limits.promises:
-            self._promised.popitem(last=False)
-        octaves = promise.octaves
-        median = min(_tokens(octaves + residuals.quantile(0.5)), most)
+        promise, reading = self._foretell(features)
+        median = min(_tokens(promise.octaves + reading.median), most)
         return PredictedLength(
-            min(self._planned(features, residuals, octaves, median), most),
+            self._planned(features, promise.octaves, reading, most),
             min(_tokens(promise.low), median),
             median,
             max(min(_tokens(promise.high), most), median),
         )
+
+    def plan(self, features: LengthFeatures) -> float:
+        """The tokens of ``predict``."""
+        most, hint = self._most(features), features.hint_tokens
+        if hint is not None and hint >= 0:
+            return min(float(hint), most)
+        promise, reading = self._foretell(features)
+        return self._planned(features, promise.octaves, reading, most)
 
     def learn(self, features: LengthFeatures, output_tokens: int) -> None:
         """Compare what was promised with what came. An answer that was hinted at teaches nothing."""
@@ -151,6 +171,7 @@ class LearnedLengths:
         self._follow_ends(model, promise, came, weight)
         for number in _bins_of(promise.octaves):
             model.bin(number).add(came - promise.octaves, weight, _GROWTH)
+        model.read.clear()
         model.form.judge(promise.form, came - promise.base, weight)
         model.text.judge(promise.text, came - promise.base - promise.form, weight)
         self._step(model, promise.marks, came, weight)
@@ -158,30 +179,43 @@ class LearnedLengths:
     # --- what is expected ----------------------------------------------------------------------------------------
 
     def _most(self, features: LengthFeatures) -> float:
-        most = self.limits.longest_tokens
-        context = self.limits.context_tokens.get(features.model)
-        if context is not None:
-            most = min(most, context - features.input_tokens)
-        if features.cap_tokens is not None:
-            most = min(most, features.cap_tokens)
-        return float(max(most, 0))
+        limits, cap = self.limits, features.cap_tokens
+        most = limits.longest_tokens
+        context = limits.context_tokens.get(features.model)
+        if context is not None and context - features.input_tokens < most:
+            most = context - features.input_tokens
+        if cap is not None and cap < most:
+            most = cap
+        return float(most) if most > 0 else 0.0
 
-    def _promise(self, model: _Model, features: LengthFeatures) -> tuple[_Promise, Residuals]:
-        marks = marks_of(features)
-        form = self._sum(marks.own) + self._sum(marks.shared)
-        text = self._sum(marks.words)
+    def _foretell(self, features: LengthFeatures) -> tuple[_Promise, _Reading]:
+        """What to expect of a request; remembered, to learn from how it turns out."""
+        told = self._promise(self._models.get(features.model) or self._untaught, features)
+        promised = self._promised
+        promised[features] = told[0]
+        if len(promised) > self.limits.promises:
+            promised.popitem(last=False)
+        return told
+
+    def _promise(self, model: _Model, features: LengthFeatures) -> tuple[_Promise, _Reading]:
+        own, shared, words = marks = marks_of(features)
+        weight = self._weights.__getitem__
+        form = sum(map(weight, own)) + sum(map(weight, shared))
+        text = sum(map(weight, words))
         octaves = model.expected + model.form.share * form + model.text.share * text
-        octaves = min(max(octaves, 0.0), _FARTHEST)
-        residuals = self._residuals(model, octaves)
-        low = octaves + residuals.quantile(_TAIL) + model.low
-        high = octaves + residuals.quantile(1.0 - _TAIL) + model.high
-        return _Promise(marks, model.expected, form, text, octaves, low, high), residuals
+        if octaves < 0.0:
+            octaves = 0.0
+        elif octaves > _FARTHEST:
+            octaves = _FARTHEST
+        reading = model.read.get(int(4.0 * octaves)) or self._read(model, octaves)
+        low, high = octaves + reading.low + model.low, octaves + reading.high + model.high
+        return _Promise(marks, model.expected, form, text, octaves, low, high), reading
 
     def _sum(self, marks: list[int]) -> float:
         return sum(map(self._weights.__getitem__, marks))
 
-    def _residuals(self, model: _Model, octaves: float) -> Residuals:
-        """The narrowest bin that has seen something, leaning on the wider ones."""
+    def _read(self, model: _Model, octaves: float) -> _Reading:
+        """Of the narrowest bin that has seen something, leaning on the wider ones."""
         shares = self._prior
         residuals = model.bin(_ALL)
         for number in _bins_of(octaves):
@@ -189,21 +223,29 @@ class LearnedLengths:
             if known is not None:
                 shares = known.refresh(shares)
                 residuals = known
-        return residuals
+        quantiles = map(residuals.quantile, (_TAIL, 0.5, 1.0 - _TAIL))
+        reading = model.read[int(4.0 * octaves)] = _Reading(residuals, *quantiles)
+        return reading
 
-    def _planned(self, features: LengthFeatures, residuals: Residuals, octaves: float, median: float) -> float:
+    def _planned(self, features: LengthFeatures, octaves: float, reading: _Reading, most: float) -> float:
         """The median, moved into the output size that costs least."""
-        first, second = self.limits.cuts.output_tokens
-        short = residuals.below(self._cuts[0] - octaves)
-        not_long = max(residuals.below(self._cuts[1] - octaves), short)
-        costs = self.limits.costs.get(features.model, self._even)
-        input_size = bisect_right(self.limits.cuts.input_tokens, features.input_tokens)
+        limits, below = self.limits, reading.residuals.below
+        first, second = self._cuts
+        short, not_long = below(first - octaves), below(second - octaves)
+        if not_long < short:
+            not_long = short
+        input_size = bisect_right(limits.cuts.input_tokens, features.input_tokens)
+        costs = limits.costs.get(features.model, self._even)
         size = costs.cheapest(input_size, (short, not_long - short, 1.0 - not_long))
-        if size == 0:
-            return min(median, math.nextafter(first, 0.0))
-        if size == 1:
-            return min(max(median, float(first)), math.nextafter(second, 0.0))
-        return max(median, float(second))
+        tokens = exp2(octaves + reading.median) - 1.0
+        least, largest = self._sizes[size]
+        if tokens > most:  # what it takes at most is the median then, too
+            tokens = most
+        if tokens < least:
+            tokens = least
+        elif tokens > largest:
+            tokens = largest
+        return tokens if tokens < most else most
 
     # --- what is learned -----------------------------------------------------------------------------------------
 
@@ -296,7 +338,7 @@ def _bins_of(octaves: float) -> tuple[int, int, int]:
 
 
 def _tokens(octaves: float) -> float:
-    return max(math.exp2(octaves) - 1.0, 0.0)
+    return max(exp2(octaves) - 1.0, 0.0)
 
 
 def _finite(value: Any) -> float:

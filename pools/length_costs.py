@@ -34,13 +34,13 @@ class LengthCosts:
     def cheapest(self, input_size: int, shares: Row) -> int:
         """The output size that costs least if the true one has these probabilities; of equals the smallest."""
         a, b, c = shares
-        short, medium, long = self.joules[input_size]
-        expected = (
-            short[0] * a + short[1] * b + short[2] * c,
-            medium[0] * a + medium[1] * b + medium[2] * c,
-            long[0] * a + long[1] * b + long[2] * c,
-        )
-        return expected.index(min(expected))
+        (_, short_b, short_c), (medium_a, _, medium_c), (long_a, long_b, _) = self.joules[input_size]
+        short = short_b * b + short_c * c
+        medium = medium_a * a + medium_c * c
+        long = long_a * a + long_b * b
+        if short <= medium and short <= long:
+            return 0
+        return 1 if medium <= long else 2
 
     @staticmethod
     def of(table: CapacityTable) -> "LengthCosts":

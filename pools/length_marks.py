@@ -8,7 +8,7 @@ process and after a restart. No text is kept.
 import re
 from binascii import crc32
 from functools import lru_cache
-from itertools import islice, pairwise, repeat
+from itertools import chain, islice, pairwise, repeat
 from math import log2
 from operator import itemgetter
 from typing import NamedTuple
@@ -24,7 +24,8 @@ _WORD = re.compile(rb'\\[nrt"]|\\u[0-9a-f]{4}|[a-z\x80-\xff]{1,12}|[0-9]{1,4}|[^
 _MASK = TABLE - 1
 _masked = _MASK.__and__  # words are gone through by the interpreter's own loops: this runs for every request
 _text = itemgetter(0)
-_pair = b"%b %b".__mod__
+Salts = tuple[int, int, int]  # of a model: for its form and pairs, its opening words, its ending words
+_pair = b" ".join
 
 
 class Marks(NamedTuple):
@@ -37,15 +38,16 @@ class Marks(NamedTuple):
 
 def coarse(input_tokens: int) -> int:
     """An input's length to seven binary digits, 1.6 % at worst: what finer ones add was not seen to be worth it."""
-    inputs = max(input_tokens, 0)
-    cut = max(inputs.bit_length() - 7, 0)
-    return inputs >> cut << cut
+    if input_tokens < 128:
+        return max(input_tokens, 0)
+    cut = input_tokens.bit_length() - 7
+    return input_tokens >> cut << cut
 
 
 def marks_of(features: LengthFeatures) -> Marks:
     """The marks of a request; what they say is told apart by model."""
     form = features.tools | features.structured << 1 | features.thinking << 2
-    salt, own, shared = _form_marks(
+    salts, own, shared = _form_marks(
         features.model,
         coarse(features.input_tokens),
         form,
@@ -54,14 +56,14 @@ def marks_of(features: LengthFeatures) -> Marks:
         features.tenant,
         features.system,
     )
-    return Marks(own, shared, _words(features.turn, salt) if features.turn else [])
+    return Marks(own, shared, _words(features.turn, salts) if features.turn else [])
 
 
 @lru_cache(4096)
 def _form_marks(
     model: str, inputs: int, form: int, tool_choice: int, tier: str, tenant: str, system: int
-) -> tuple[int, list[int], list[int]]:
-    """The model's salt, and the marks that are not of the text: many requests have the same."""
+) -> tuple[Salts, list[int], list[int]]:
+    """The model's salts, and the marks that are not of the text: many requests have the same."""
     salt = crc32(model.encode("utf-8", "surrogatepass"))
     octaves = log2(inputs + 1.0)
     tier_sum = crc32(tier.encode("utf-8", "surrogatepass"))
@@ -75,17 +77,16 @@ def _form_marks(
     own = [crc32(b"t", tenant_sum) & _MASK, crc32(b"s%d.%d" % (system, form), tenant_sum) & _MASK]
     if system:
         shared.append(crc32(b"s%d.%d" % (system, form), salt) & _MASK)
-    return salt, own, shared
+    return (salt, crc32(b"w", salt), crc32(b"z", salt)), own, shared
 
 
-def _words(turn: bytes, salt: int) -> list[int]:
+def _words(turn: bytes, salts: Salts) -> list[int]:
+    salt, opening_salt, ending_salt = salts
     opening, _, ending = turn[:TURN_BYTES].lower().partition(b"\0")
     found = _WORD.finditer(opening)
     first = list(map(_text, islice(found, OPENING_WORDS)))
     last = map(_text, islice(_WORD.finditer(ending) if ending else found, ENDING_WORDS))
     pairs = map(_pair, pairwise(first[: PAIRS + 1]))
-    marks = set(map(_masked, map(crc32, first, repeat(crc32(b"w", salt)))))
-    marks.update(map(_masked, map(crc32, last, repeat(crc32(b"z", salt)))))
-    marks.update(map(_masked, map(crc32, pairs, repeat(salt))))
-    marks.add(crc32(b"l%d" % len(turn).bit_length(), salt) & _MASK)
-    return list(marks)
+    words = map(crc32, first, repeat(opening_salt)), map(crc32, last, repeat(ending_salt))
+    more = map(crc32, pairs, repeat(salt)), (crc32(b"l%d" % len(turn).bit_length(), salt),)
+    return list(set(map(_masked, chain(*words, *more))))

@@ -13,6 +13,7 @@ PER_OCTAVE = 4
 LOWEST = -12 * PER_OCTAVE  # the nearest cell to zero; answers farther off are counted in the outermost ones
 CELLS = 24 * PER_OCTAVE
 LEAN = 30.0  # answers that weigh as much as all that the wider bin knows
+_LAST = CELLS - 1e-9  # a place in the last cell
 _READ_AGAIN = 16  # a table is made anew when a sixteenth of what a bin has seen is new
 
 
@@ -35,7 +36,6 @@ class Residuals:
         self._unread = 1
         self._shares: list[float] = []
         self._cumulative: list[float] = []
-        self._quantiles: dict[float, float] = {}  # those asked for since the table was made
 
     def add(self, octaves: float, weight: float, growth: float) -> None:
         """Take in a distance; ``growth`` is by how much the next weighs more."""
@@ -55,18 +55,11 @@ class Residuals:
             own, lean = scale / self.gain, scale * LEAN
             self._shares = [own * w + lean * u for w, u in zip(self.weights, under, strict=True)]
             self._cumulative = list(accumulate(self._shares, initial=0.0))
-            self._quantiles.clear()
             self._unread = 0
         return self._shares
 
     def quantile(self, share: float) -> float:
         """The distance that ``share`` of the answers stay below. After ``refresh``."""
-        known = self._quantiles.get(share)
-        if known is None:
-            known = self._quantiles[share] = self._find_quantile(share)
-        return known
-
-    def _find_quantile(self, share: float) -> float:
         cumulative = self._cumulative
         wanted = min(max(share, 0.0), 1.0) * cumulative[-1]
         cell = min(max(bisect_left(cumulative, wanted) - 1, 0), CELLS - 1)
@@ -76,6 +69,10 @@ class Residuals:
 
     def below(self, octaves: float) -> float:
         """The share of answers that stay below a distance. After ``refresh``."""
-        place = min(max(octaves * PER_OCTAVE - LOWEST, 0.0), CELLS - 1e-9)
+        place = octaves * PER_OCTAVE - LOWEST
+        if place < 0.0:
+            place = 0.0
+        elif place >= CELLS:
+            place = _LAST
         cell = int(place)
         return self._cumulative[cell] + (place - cell) * self._shares[cell]

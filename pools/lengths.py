@@ -40,5 +40,8 @@ class LengthPredictor(Protocol):
     def predict(self, features: LengthFeatures) -> PredictedLength:
         """What to expect of a request."""
 
+    def plan(self, features: LengthFeatures) -> float:
+        """The tokens to plan with, and nothing else: ``predict(features).tokens``."""
+
     def learn(self, features: LengthFeatures, output_tokens: int) -> None:
         """Take in an answer of ``output_tokens`` tokens that ended by itself or at its cap."""
