@@ -8,9 +8,9 @@ process and after a restart. No text is kept.
 import re
 from binascii import crc32
 from functools import lru_cache
-from itertools import chain, islice, pairwise, repeat
+from itertools import chain, pairwise, repeat
 from math import log2
-from operator import itemgetter
+from operator import and_
 from typing import NamedTuple
 
 from pools.lengths import LengthFeatures
@@ -20,10 +20,11 @@ OPENING_WORDS = 16
 ENDING_WORDS = 10
 PAIRS = 4  # neighbours counted together, from the beginning on: how a request is put
 TURN_BYTES = 256  # read at most, whoever calls
-_WORD = re.compile(rb'\\[nrt"]|\\u[0-9a-f]{4}|[a-z\x80-\xff]{1,12}|[0-9]{1,4}|[^ a-z0-9\x80-\xff]')
+_WORD = re.compile(rb'(\\[nrt"]|\\u[0-9a-f]{4}|[a-z\x80-\xff]{1,12}|[0-9]{1,4}|[^ a-z0-9\x80-\xff])')
 _MASK = TABLE - 1
-_masked = _MASK.__and__  # words are gone through by the interpreter's own loops: this runs for every request
-_text = itemgetter(0)
+# words are gone through by the interpreter's own loops: this runs for every request
+_words_of = _WORD.split
+_MASKS = repeat(_MASK)
 Salts = tuple[int, int, int]  # of a model: for its form and pairs, its opening words, its ending words
 _pair = b" ".join
 
@@ -83,10 +84,10 @@ def _form_marks(
 def _words(turn: bytes, salts: Salts) -> list[int]:
     salt, opening_salt, ending_salt = salts
     opening, _, ending = turn[:TURN_BYTES].lower().partition(b"\0")
-    found = _WORD.finditer(opening)
-    first = list(map(_text, islice(found, OPENING_WORDS)))
-    last = map(_text, islice(_WORD.finditer(ending) if ending else found, ENDING_WORDS))
+    parts = _words_of(opening, OPENING_WORDS)  # words, what is between them, and what is left
+    ending = ending or b"".join(parts[2 * OPENING_WORDS :])
+    first, last = parts[1::2], _words_of(ending, ENDING_WORDS)[1::2]
     pairs = map(_pair, pairwise(first[: PAIRS + 1]))
     words = map(crc32, first, repeat(opening_salt)), map(crc32, last, repeat(ending_salt))
     more = map(crc32, pairs, repeat(salt)), (crc32(b"l%d" % len(turn).bit_length(), salt),)
-    return list(set(map(_masked, chain(*words, *more))))
+    return list(set(map(and_, chain(*words, *more), _MASKS)))
