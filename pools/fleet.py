@@ -349,24 +349,21 @@ class Fleet:
         flight = self.flights.pop(request_id, None)
         if flight is None:
             return None
-        if not flight.started:
-            self.started(flight, now_s)
         i = self.index.get(flight.instance_id)
-        if i is not None:
-            request = flight.request
-            scoring.remove(self.load, i, request.input_tokens, request.output_tokens)
-            self._release_promise(i, flight.promised_tbt_s)
-            self.unsettled.add(i)
+        if i is None:
+            return flight
+        load, request = self.load, flight.request
+        if not flight.started and load.in_flight[i] > 1.0:  # the last one leaves nothing that is pending
+            self.started(flight, now_s)
+        scoring.remove(load, i, request.input_tokens, request.output_tokens)
+        self.unsettled.add(i)
+        promises, tbt_s = self._promises[i], flight.promised_tbt_s
+        promises[tbt_s] -= 1
+        if not promises[tbt_s]:
+            del promises[tbt_s]
+            limit_s = self._known[flight.instance_id].peers.tbt_limit_s
+            load.tbt_limit_s[i] = min(*promises, limit_s, scoring.UNPROMISED_S)
         return flight
-
-    def _release_promise(self, i: int, tbt_s: float) -> None:
-        promises = self._promises[i]
-        left = promises.pop(tbt_s) - 1
-        if left:
-            promises[tbt_s] = left
-        else:
-            limit_s = self._known[self.assigned[i].instance_id].peers.tbt_limit_s
-            self.load.tbt_limit_s[i] = min(*promises, limit_s, scoring.UNPROMISED_S)
 
     def settle(self) -> None:
         """Derive what follows from the loads that have changed. Before any instance is scored, and only then."""

@@ -389,8 +389,8 @@ class Router:
         """It ended well, with this many tokens."""
         flight = self.fleet.flights.get(request_id)
         if flight is not None:
-            if not flight.started:
-                self.on_first_token(request_id, now_s)
+            if not flight.started and self.fleet.outliers.succeeded(flight.instance_id):
+                self._reopen()
             self._left(request_id, now_s)
             self.traffic.finished(flight.request, output_tokens)
         gap_s = now_s - self._finished_s

@@ -222,6 +222,9 @@ def choose(
     best = NONE
     best_score = 1e300
     for i in candidates:
+        seqs = in_flight[i]
+        if seqs == 0.0 and kind[i] == empty_kind:  # as good as the last empty one
+            continue
         if free_tokens[i] < all_tokens:
             continue
         if kind[i] != kind_now:
@@ -234,10 +237,7 @@ def choose(
             base_j += attention_j[i] * attention_tokens2 + kv_j[i] * output_tokens * context_tokens
             steps_j = step_j[i] * output_tokens
             chunk_s = token_s[i] * chunk_tokens[i] + seq_s[i]
-        seqs = in_flight[i]
         if seqs == 0.0:
-            if kind_now == empty_kind:  # as good as the last empty one
-                continue
             empty_kind = kind_now
         energy_j = base_j + steps_j / (seqs + 1.0)
         if energy_j >= best_score:  # pressure only adds to it
@@ -324,7 +324,7 @@ def add(
 ) -> None:
     """Count a request sent to instance ``i``. ``settle`` it after."""
     in_flight, pending_tokens, done_s, context_tokens, reserved_tokens, prompt_share, tbt_limit_s = load[:7]
-    step_s, _, prompt_s, _ = load[7:]
+    step_s, prompt_s = load.step_s, load.prompt_s
     start_s = done_s[i]
     if start_s < now_s:
         start_s = now_s
