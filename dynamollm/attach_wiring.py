@@ -114,6 +114,11 @@ def _problems(entries: Mapping[str, tuple[ServerEntry, ...]], settings: Settings
             if (first := urls.setdefault(entry.url.rstrip("/"), at)) != at:
                 yield f"{at}.url: {entry.url} is already {first}"
             yield from _problems_of_gpus(at, entry, nodes)
+            if settings.controller.policy == "scale-freq" and entry.node not in settings.driver.vllm.agents:
+                yield (
+                    f"{at}: policy scale-freq sets its clock: tell its node and gpus, and the node's agent in "
+                    "driver.vllm.agents"
+                )
             for gpu in entry.gpus:
                 if entry.node and (other := held.setdefault((entry.node, gpu), at)) != at:
                     yield f"{at}.gpus: GPU {gpu} of {entry.node} is already {other}'s"

@@ -74,7 +74,7 @@ class Deployment:
         if self.settings.driver.urls_file is not None:
             return []
         running = Counter(instance.pool for instance in self.instances.values())
-        if running and self.settings.controller.policy != "static":
+        if running and not self.settings.controller.keeps_instances:
             return []
         wanted = [pool for pool in self.settings.pools for _ in range(pool.instances - running[pool.name])]
         specs = [self.specify(pool.name) for pool in sorted(wanted, key=lambda pool: -pool.tp)]
@@ -120,13 +120,25 @@ class Deployment:
 
     def adopt(self, instance: Instance) -> str:
         """Take in an instance that an earlier controller started; returns why it cannot be, or nothing."""
-        if instance.pool not in self._pools:
-            return f"there is no pool {instance.pool!r} any more"
-        if missing := {gpu.node for gpu in instance.gpus} - self.placement.nodes.keys():
-            return f"there is no node {min(missing)!r} any more"
+        if why := self._unfit(instance):
+            return why
         self._adopted.add(instance.id)
         self.placement.hold(instance.gpus)
         self.put(instance)
+        return ""
+
+    def _unfit(self, instance: Instance) -> str:
+        shape, pool = instance.shape, self._pools.get(instance.pool)
+        if pool is None:
+            return f"there is no pool {instance.pool!r} any more"
+        if pool.model != shape.model:
+            return f"pool {pool.name!r} is of model {pool.model!r} now, not {shape.model!r}"
+        if shape.tp not in (holds := self.profiles[shape.model].tensor_parallel):
+            return f"its profile holds for TP {', '.join(map(str, holds))} now, not {shape.tp}"
+        if missing := {gpu.node for gpu in instance.gpus} - self.placement.nodes.keys():
+            return f"there is no node {min(missing)!r} any more"
+        if instance.gpus and shape.gpu != (gpu := self._gpu_of_node[instance.gpus[0].node]):
+            return f"node {instance.gpus[0].node!r} has {gpu} now, not {shape.gpu}"
         return ""
 
     def follow(self, instances: Iterable[Instance], shares: Shares, coming: Iterable[str] = ()) -> None:

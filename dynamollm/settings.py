@@ -92,6 +92,7 @@ class VllmSettings:
     agents: dict[str, str] = field(default_factory=dict)  # node -> unix:/path or http://host:port of `dynamollm agent`
     log_dir: str = "~/.local/state/dynamollm/log"  # a file for each instance
     start_timeout_s: Seconds = 1800.0  # from starting the process to its first token
+    leave_running: bool = False  # when this process is stopped; the next one adopts them, as after a crash
     can_park: bool = True  # opens vLLM's development endpoints on its port, which put an engine to sleep
 
 
@@ -161,15 +162,21 @@ class ControllerSettings:
     """Who decides how many instances there are, their TP and clocks.
 
     ``static`` keeps what ``pools`` says; the others are policies of ``solver.policies``, and begin with ``pools``.
+    ``scale-freq`` keeps the instances, and turns their clocks.
     """
 
-    policy: Literal["static", "dynamollm", "dynamollm-paper", "scale-inst"] = "dynamollm"
+    policy: Literal["static", "dynamollm", "dynamollm-paper", "scale-inst", "scale-freq"] = "dynamollm"
     parked_w_per_gpu: Annotated[float, Field(ge=0, le=2000)] | None = None  # None: engines are stopped, never parked
     warm_up_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0  # of traffic to see before the first plan
     dwell_s: Seconds = 600.0  # how long a change is expected to last: over this time it must pay for itself
     transition_deadline_s: Seconds = 900.0  # a start or a drain that takes longer is abandoned
     lease_s: Annotated[float, Field(ge=0.2, le=300)] = 2.0  # a silent leader is followed by another after this
     leadership: Literal["store", "kubernetes"] = "store"  # kubernetes: a Lease in driver.kubernetes.namespace
+
+    @property
+    def keeps_instances(self) -> bool:
+        """Whether which instances there are is the configuration's word, or somebody else's, and no plan's."""
+        return self.policy in ("static", "scale-freq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +375,8 @@ def _check_vllm(settings: Settings) -> list[str]:
         problems.append("nodes: the vllm driver starts processes on this machine: name one node, with count 1")
     problems += _check_agents(settings)
     if not emulated and not agents:
+        if settings.controller.policy == "scale-freq":
+            problems.append("controller.policy: nobody sets clocks; name the node's agent in driver.vllm.agents")
         problems += [
             f"pools[{index}].sm_clock_mhz: nobody sets clocks; name the node's agent in driver.vllm.agents"
             for index, pool in enumerate(settings.pools)
@@ -402,8 +411,10 @@ def _check_attached(settings: Settings) -> list[str]:
             for index, url in enumerate(urls)
             if not url.startswith("http://")
         ]
-    if settings.controller.policy != "static":
-        problems.append("controller.policy: attached servers are not this gateway's to start or stop; use static")
+    if not settings.controller.keeps_instances:
+        problems.append(
+            "controller.policy: attached servers are not this gateway's to start or stop; use scale-freq, or static"
+        )
     return problems + _check_servers(settings)
 
 
@@ -414,6 +425,11 @@ def _check_servers(settings: Settings) -> list[str]:
         problems = ["driver.urls: driver.urls_file is given too; keep one"] if driver.urls else []
         return problems + _check_agents(settings)
     problems = [] if any(driver.urls.values()) else ["driver.urls: the attach driver needs at least one URL"]
+    if settings.controller.policy == "scale-freq":
+        problems.append(
+            "controller.policy: scale-freq turns clocks, and driver.urls does not say whose GPUs are whose; "
+            "use driver.urls_file, or static"
+        )
     if driver.vllm.agents:
         problems.append("driver.vllm.agents: driver.urls does not say whose GPUs are whose; use driver.urls_file")
     return problems

@@ -5,7 +5,8 @@
 - hierarchy (the paper's): every 30 min GPUs for each pool, by fragmentation of the predicted peak; every 5 min the TP
   mix
   within them; every 5 s clocks.
-- static (baselines): GPUs are provided once, for a peak given beforehand.
+- static (baselines): GPUs are provided once, for a peak given beforehand; where clocks are all that may turn, the
+  instances that are there may stand for that peak, and nothing is ever planned.
 
 It never reads a clock nor acts: a driver calls ``on_tick`` and carries out the actions (see ``solver.control``).
 Between plans it compares the cluster with the plan at every tick and orders what is missing, so lost instances come
@@ -96,10 +97,11 @@ class PlanningController:
     ) -> None:
         """``tables`` by model; ``pools`` as in ``ClusterState.pools``, in that order.
 
-        ``provision`` is the peak that static policies provide for. ``stopwatch`` gives seconds for the solve times in
-        diagnostics, nothing else. Raises ``ValueError`` where policy, tables and pools do not fit.
+        ``provision`` is the peak that static policies provide for; one that turns clocks alone needs none, and then
+        takes the instances as they are. ``stopwatch`` gives seconds for the solve times in diagnostics, nothing else.
+        Raises ``ValueError`` where policy, tables and pools do not fit.
         """
-        if policy.static and provision is None:
+        if policy.static and provision is None and not policy.clocks_alone:
             raise ValueError(f"policy {policy.name} provides for a peak once: pass provision=Forecast(...)")
         self.policy = policy
         self.plan: Plan | None = None
@@ -264,7 +266,8 @@ class PlanningController:
 
     def _plan_static(self, levels: Level, observation: Observation) -> list[Diagnostic]:
         """Provide once; afterwards only the TP mix may change within what each pool was given."""
-        assert self._provision is not None  # checked when it was made
+        if self._provision is None:  # clocks alone, as was checked when it was made
+            return [_note("plan", "the instances are given: clocks alone turn", {})]
         if self.plan is None:
             whole = replace(self.policy.knobs, tps=(int(self.candidates.shape_tp.max()),))
             usual, self._planner = self._planner, self._make_planner(candidates(self._tables, self._pools, whole))

@@ -46,6 +46,11 @@ class Policy:
         """Whether the number of GPUs of each pool is provided once, for the peak."""
         return not self.scale_instances
 
+    @property
+    def clocks_alone(self) -> bool:
+        """Whether clocks are all it turns: it then needs no plan, only instances, whoever has provided them."""
+        return self.scale_clocks and not (self.scale_instances or self.scale_shards)
+
     def pools(self, model: str) -> tuple[PoolView, ...]:
         """The pools of a model under this policy."""
         if self.pool_classes == ONE_POOL:

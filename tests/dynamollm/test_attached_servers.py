@@ -1,5 +1,6 @@
 """`driver.urls_file`: what the file may say, and a gateway that follows it, over real sockets and emulated servers."""
 
+import dataclasses
 import re
 import signal
 import time
@@ -16,12 +17,13 @@ from test_serve import start
 from dynamollm.adapters.configuration import load
 from dynamollm.attach_wiring import build_attach_driver, parse_servers
 from dynamollm.errors import UserError
-from dynamollm.settings import Settings
+from dynamollm.settings import ControllerSettings, Settings, VllmSettings
 from dynamollm.validation import ConfigurationError
 from energy.adapters.catalogue import load_profile
 from pools.drivers.attached import AttachedServer
 from pools.instances import GpuSlot, InstanceShape
 
+LOADED_MACHINE_S = 90.0  # a bound on a hang: a controller of its own process begins in seconds
 PROFILE = "llama-3.1-70b-fp8-h100"
 TREE = {
     "models": [{"name": "tiny", "profile": PROFILE}],
@@ -174,4 +176,37 @@ def test_a_gateway_follows_the_file_and_sets_the_clocks_it_may(tmp_path, emulate
         said = process.stderr.read()
         assert process.wait(timeout=20) == 0
     assert "LL[0].url: input should be a valid string; found 7" in said
+    assert clocks_mhz(agent)[:4] == [free_mhz] * 4
+
+
+def test_under_scale_freq_every_server_must_tell_its_gpus(tmp_path):
+    given = dataclasses.replace(settings(tmp_path), controller=ControllerSettings("scale-freq"))
+    text = "LL: [{url: 'http://a', node: node-0, gpus: [0, 1]}, {url: 'http://b'}]"
+    with pytest.raises(ConfigurationError) as caught:
+        parse_servers(text, "servers.yaml", given, {"tiny": load_profile(PROFILE)})
+    assert str(caught.value).count("policy scale-freq sets its clock") == 2
+    vllm = VllmSettings(agents={"node-0": "unix:/agent"})
+    given = dataclasses.replace(given, driver=dataclasses.replace(given.driver, vllm=vllm))
+    with pytest.raises(ConfigurationError, match=r"LL\[1\]: policy scale-freq sets its clock: tell its node and gpus"):
+        parse_servers(text, "servers.yaml", given, {"tiny": load_profile(PROFILE)})
+
+
+def test_scale_freq_turns_the_clocks_of_attached_servers_and_orders_nothing_else(tmp_path, emulated):
+    (one, other), agent = emulated
+    servers = tmp_path / "servers.yaml"
+    entries = [{"url": url, "node": "node-0", "gpus": gpus} for url, gpus in ((one, [0, 1]), (other, [2, 3]))]
+    servers.write_text(yaml.safe_dump({"LL": entries}))
+    driver = {"kind": "attach", "urls_file": str(servers), "vllm": {"agents": {"node-0": agent}}}
+    free_mhz = clocks_mhz(agent)[0]
+    process, url = start(tmp_path, {**TREE, "driver": driver, "controller": {"policy": "scale-freq"}})
+    try:
+        until(lambda: max(clocks_mhz(agent)[:4]) < 1200, LOADED_MACHINE_S)  # nothing to do: below their pool's clock
+        told = httpx.get(f"{url}/admin/decisions", params={"last": 500}).json()
+        assert {operation["action"]["kind"] for operation in told["operations"]} == {"SetFrequency"}
+        assert {operation["outcome"] for operation in told["operations"]} <= {"done", "superseded"}
+    finally:
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(timeout=20) == 0
+    assert "refused" not in said
     assert clocks_mhz(agent)[:4] == [free_mhz] * 4

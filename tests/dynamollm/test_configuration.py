@@ -102,7 +102,15 @@ def test_show_never_prints_a_key(tmp_path):
         ({"driver": {"kind": "attach", "urls": {"all": ["h:1"]}}}, "driver.urls.all[0]: must begin with http://"),
         (
             {"driver": {"kind": "attach", "urls": {"all": ["http://h"]}}},
-            "controller.policy: attached servers are not this gateway's to start or stop; use static",
+            "controller.policy: attached servers are not this gateway's to start or stop; use scale-freq, or static",
+        ),
+        (
+            {"driver": {"kind": "attach", "urls": {"all": ["http://h"]}}, "controller": {"policy": "scale-freq"}},
+            "controller.policy: scale-freq turns clocks, and driver.urls does not say whose GPUs are whose",
+        ),
+        (
+            {"driver": {"kind": "vllm"}, "controller": {"policy": "scale-freq"}},
+            "controller.policy: nobody sets clocks; name the node's agent in driver.vllm.agents",
         ),
         (
             {"driver": {"kind": "attach", "urls": {"all": ["http://h"]}, "urls_file": "s.yaml"}},

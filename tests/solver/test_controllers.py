@@ -156,6 +156,37 @@ def test_scale_freq_moves_clocks_and_nothing_else():
     assert not [a for at_s, a in w.actions((ScaleOut, ScaleIn, Reshard)) if at_s > 0.0]
 
 
+def given_instances(tps=(8, 4, 8)):
+    """A cluster that somebody else has provided: some instances for each pool, which share its classes evenly."""
+    w = World("scale-freq")
+    for p in range(len(w.names)):
+        for tp in tps:
+            instance_id = f"i-{len(w.rows)}"
+            w.rows[instance_id] = {"id": instance_id, "pool": p, "tp": tp, "node": 0, "clock": 1980}
+            w.rows[instance_id] |= {"state": InstanceState.READY, "ready_at": 0.0}
+    w.share = np.eye(9)
+    return w
+
+
+def test_scale_freq_without_a_provision_takes_the_instances_as_they_are():
+    w = given_instances().run(2.0 * MIX, 300.0)
+    low = np.mean([row["clock"] for row in w.rows.values()])
+    w.run(60.0 * MIX, 600.0)
+    high = np.mean([row["clock"] for row in w.rows.values()])
+    w.run(0.0 * MIX, 900.0)
+    assert low < high <= 1980
+    assert np.mean([row["clock"] for row in w.rows.values()]) <= low
+    assert {type(a) for _, effects in w.log for a in effects.actions} <= {SetFrequency, Escalate}
+    assert w.controller.plan is None
+    assert any(note.topic == "plan" and "given" in note.why for _, effects in w.log for note in effects.diagnostics)
+
+
+@pytest.mark.parametrize("name", ["single-pool", "multi-pool", "scale-shard"])
+def test_whoever_turns_more_than_clocks_or_nothing_needs_a_peak_to_provide_for(name):
+    with pytest.raises(ValueError, match="pass provision"):
+        World(name)
+
+
 def test_scale_shard_keeps_the_gpus_of_each_pool():
     w = world("scale-shard", nodes=20).run(10.0 * MIX, 0.0)
     before, given = w.gpus(), {name: w.controller.plan.gpus(name) for name in w.names}
