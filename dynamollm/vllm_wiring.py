@@ -1,5 +1,7 @@
 """The vLLM driver of a configuration: real engines on this machine's GPUs, or on emulated devices. Starts nothing."""
 
+import hashlib
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +42,7 @@ def build_emulated_device_driver(settings: Settings) -> VllmDriver:
     kinds = {name: node.gpu for node in settings.nodes for name in node.names()}
     if unknown := sorted(set(kinds.values()) - set(GPUS)):
         raise UserError(f"nodes: no figures of GPU {unknown[0]!r}; known: {', '.join(GPUS)}")
-    folder = Path(tempfile.mkdtemp(prefix="dynamollm-boards-"))
+    folder = _boards(vllm.log_dir)
     boards: dict[str, NodeGpus] = {
         name: BoardNode(name, count, GPUS[kinds[name]], folder) for name, count in node_gpus(settings.nodes).items()
     }
@@ -59,6 +61,12 @@ def build_emulated_device_driver(settings: Settings) -> VllmDriver:
     )
 
 
+def _boards(log_dir: str) -> Path:
+    """Where the boards of a deployment lie, which its engines map for as long as they run, whoever commands them."""
+    deployment = hashlib.sha256(str(Path(log_dir).expanduser().resolve()).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"dynamollm-boards-{os.getuid()}-{deployment}"
+
+
 def _driver(
     settings: Settings,
     launch: VllmLaunch,
@@ -73,6 +81,7 @@ def _driver(
         GpuClocks(gpus),
         Path(vllm.log_dir).expanduser(),
         start_timeout_s=vllm.start_timeout_s,
+        leave_running=vllm.leave_running,
     )
 
 

@@ -65,6 +65,7 @@ class Supervisor:
             GpuClocks({}),
             setup.log_dir,
             setup.start_timeout_s,
+            adopts=False,  # a supervisor answers for one engine; its own
         )
         self._events: list[InstanceEvent] = []
         self._heard = asyncio.Condition()

@@ -3,10 +3,12 @@
 An instance is READY when it has produced tokens; /health is never asked. One whose process ends by itself is FAILED,
 with the last error of its log; replacing it, and waiting before that, is the runner's business. A drain is SIGTERM:
 vLLM finishes what it has, and whoever stops it has told the router already. Parked engines sleep (weights in host
-memory) on GPUs at their lowest clock. Engines of a controller that was killed are ended before the first start.
+memory) on GPUs at their lowest clock. Engines of a controller that is gone are adopted where they are what would be
+started in their place, READY as soon as they give a token, and ended where they are not.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -25,9 +27,10 @@ from pools.drivers.port import (
     UnknownInstanceError,
 )
 from pools.drivers.vllm_clocks import GpuClocks
-from pools.drivers.vllm_http import VllmServer
-from pools.drivers.vllm_launch import VllmLaunch, VllmModel, command_line, environment
-from pools.drivers.vllm_processes import EngineProcess, end_orphans, this_controller
+from pools.drivers.vllm_http import TOKEN_TIMEOUT_S, VllmServer
+from pools.drivers.vllm_launch import RECORD, VllmLaunch, VllmModel, command_line, environment, record_of
+from pools.drivers.vllm_orphans import Orphan, find_orphans
+from pools.drivers.vllm_processes import EngineProcess, this_controller
 from pools.instances import Instance, InstanceState
 
 log = logging.getLogger("dynamollm.vllm")
@@ -40,6 +43,7 @@ class _Running:
     instance: Instance
     server: VllmServer
     process: EngineProcess
+    start_timeout_s: float
     watching: asyncio.Task[None] | None = None
     sm_clock_awake_mhz: int = 0
     stopping: bool = False
@@ -58,36 +62,40 @@ class VllmDriver:
         clocks: GpuClocks,
         log_dir: Path,
         start_timeout_s: float = 1800.0,
+        leave_running: bool = False,
+        adopts: bool = True,
     ) -> None:
-        """``nodes``: GPUs by node name; ``models``: by served name. Each instance writes ``log_dir/ID.log``."""
+        """``nodes``: GPUs by node name; ``models``: by served name. Each instance writes ``log_dir/ID.log``.
+
+        ``leave_running``: on close; ``adopts``: else what an earlier controller left is ended, whatever it is.
+        """
         self._nodes = dict(nodes)
         self._models = dict(models)
         self._launch = launch
         self._clocks = clocks
         self._log_dir = log_dir
         self._start_timeout_s = start_timeout_s
+        self._leave_running = leave_running
+        self._adopts = adopts
         self._specs: dict[str, InstanceSpec] = {}  # of all that hold GPUs, those being spawned among them
         self._running: dict[str, _Running] = {}
         self._broadcast = EventBroadcast()
-        self._orphans_ended = False
+        self._taking_over = asyncio.Lock()
+        self._took_over = False
 
     async def start(self, spec: InstanceSpec) -> Instance:
         """See ``InstanceDriver``."""
+        await self._take_over()  # before the first engine needs the GPUs that orphans hold
         model = self._check(spec)
         self._specs[spec.id] = spec
         try:
-            if not self._orphans_ended:  # before the first engine needs the GPUs that orphans hold
-                self._orphans_ended = True
-                for name in end_orphans():
-                    log.warning("instance %s of a controller that is gone was ended", name)
             running = await self._spawn(spec, model)
         except BaseException:
             del self._specs[spec.id]
             await self._clocks.reset(spec.gpus)
             raise
-        self._running[spec.id] = running
+        self._follow(running)
         self._enter(running, InstanceState.STARTING)
-        running.watching = asyncio.get_running_loop().create_task(self._watch(running))
         return running.instance
 
     def _check(self, spec: InstanceSpec) -> VllmModel:
@@ -102,17 +110,91 @@ class VllmDriver:
         url = f"http://{self._launch.host}:{port}"
         words = command_line(self._launch, model, spec, port)
         variables = environment(self._launch, model, spec, this_controller(), os.environ)
+        variables[RECORD] = record_of(self._launch, model, spec, port, self._log_path(spec)).text()
         self._log_dir.mkdir(parents=True, exist_ok=True)
         try:
-            process = await EngineProcess.spawn(words, variables, self._log_dir / f"{spec.id}.log")
+            process = EngineProcess.spawn(words, variables, self._log_path(spec))
         except OSError as error:
             raise StartRefusedError(
                 f"instance {spec.id}: cannot execute {words[0]!r}: {error.strerror}; is it installed?"
             ) from None
         instance = Instance(spec.id, spec.pool, spec.shape, url, InstanceState.STARTING, clock_mhz, spec.gpus)
-        return _Running(instance, VllmServer(url, spec.shape.model), process)
+        return _Running(instance, VllmServer(url, spec.shape.model), process, self._start_timeout_s)
+
+    def _log_path(self, spec: InstanceSpec) -> Path:
+        return self._log_dir.resolve() / f"{spec.id}.log"
+
+    # --- what an earlier controller left -----------------------------------------------------------------------------
+
+    async def _take_over(self) -> None:
+        """Once: adopt or end every engine whose controller is gone."""
+        async with self._taking_over:
+            if self._took_over:
+                return
+            for orphan in find_orphans():
+                if self._is_others(orphan):
+                    orphan.held.close()
+                elif why := self._unfit(orphan):
+                    log.warning("instance %s of a controller that is gone is ended: %s", orphan.name, why)
+                    await orphan.end()
+                    if orphan.record is not None:
+                        await self._clocks.reset(orphan.record.spec.gpus)
+                else:
+                    await self._adopt(orphan)
+            self._took_over = True
+
+    def _is_others(self, orphan: Orphan) -> bool:
+        """Whether another deployment started it, on GPUs that are not this one's: for it to adopt."""
+        if (record := orphan.record) is None or Path(record.log_path) == self._log_path(record.spec):
+            return False
+        return all(gpu.index >= self._nodes.get(gpu.node, 0) for gpu in record.spec.gpus)
+
+    def _unfit(self, orphan: Orphan) -> str:
+        """Why it is not what would be started in its place; empty if it is."""
+        if not self._adopts:
+            return "its successor starts its own"
+        if (record := orphan.record) is None:
+            return "its server is gone, or does not say what it was started as"
+        try:
+            model = self._check(record.spec)
+        except DriverError as error:
+            return str(error)
+        now = record_of(self._launch, model, record.spec, record.port, self._log_path(record.spec))
+        return "" if now == record else "it was started with other settings, or by another deployment"
+
+    async def _adopt(self, orphan: Orphan) -> None:
+        """It is STARTING, as one that was just spawned, until it gives a token; or PARKED, if it sleeps."""
+        assert orphan.record is not None
+        spec = orphan.record.spec
+        self._specs[spec.id] = spec
+        process = orphan.adopt(self._log_path(spec))
+        url = f"http://{self._launch.host}:{orphan.record.port}"
+        server = VllmServer(url, spec.shape.model)
+        sleeps = self._launch.can_park and await server.sleeps()
+        state = InstanceState.PARKED if sleeps else InstanceState.STARTING
+        clock_mhz = spec.sm_clock_mhz
+        with contextlib.suppress(DriverError):  # it runs at the clock it has until one is set anew
+            clock_mhz = await self._relock(spec, sleeps)
+        instance = Instance(spec.id, spec.pool, spec.shape, url, state, clock_mhz, spec.gpus)
+        # one that should have been up long ago hangs: it has the time of one question
+        limit_s = max(self._start_timeout_s - process.age_s, TOKEN_TIMEOUT_S)
+        running = _Running(instance, server, process, limit_s, sm_clock_awake_mhz=spec.sm_clock_mhz)
+        self._follow(running)
+        log.info("instance %s of a controller that is gone is adopted, %s", spec.id, state.value)
+
+    async def _relock(self, spec: InstanceSpec, sleeps: bool) -> int:
+        """Hold the lock that is on its GPUs, or, where that was lost, lock them at the clock of its start."""
+        if not self._clocks.reaches(spec.gpus[0].node):
+            return spec.sm_clock_mhz
+        if sleeps:
+            return await self._clocks.lock(spec.gpus, await self._clocks.lowest(spec.gpus))
+        return await self._clocks.lock(spec.gpus, await self._clocks.locked(spec.gpus) or spec.sm_clock_mhz)
 
     # --- watching ----------------------------------------------------------------------------------------------------
+
+    def _follow(self, running: _Running) -> None:
+        self._running[running.instance.id] = running
+        running.watching = asyncio.get_running_loop().create_task(self._watch(running))
 
     async def _watch(self, running: _Running) -> None:
         """From spawning to the end of its process."""
@@ -126,11 +208,13 @@ class VllmDriver:
             await self._forget(running, InstanceState.FAILED, f"{running.reason}{how}")
 
     async def _become_ready(self, running: _Running) -> None:
+        if running.instance.state is InstanceState.PARKED:
+            return  # it was adopted asleep
         try:
-            async with asyncio.timeout(self._start_timeout_s):
+            async with asyncio.timeout(running.start_timeout_s):
                 await running.server.until_first_token()
         except TimeoutError:
-            running.reason = f"no token within {self._start_timeout_s:g} s; "
+            running.reason = f"no token within {running.start_timeout_s:.0f} s; "
         except DriverError as error:
             running.reason = f"{error}; "
         else:
@@ -168,6 +252,7 @@ class VllmDriver:
 
     async def list(self) -> tuple[Instance, ...]:
         """See ``InstanceDriver``."""
+        await self._take_over()
         return tuple(self._running[instance_id].instance for instance_id in sorted(self._running))
 
     def lost_nodes(self) -> frozenset[str]:
@@ -229,10 +314,20 @@ class VllmDriver:
         return self._broadcast.listen()
 
     async def close(self) -> None:
-        """See ``InstanceDriver``."""
+        """See ``InstanceDriver``; with ``leave_running`` the engines run on, for the next driver to adopt."""
+        for running in tuple(self._running.values()) if self._leave_running else ():
+            if not running.stopping:
+                await self._leave(running)
         await asyncio.gather(*(self.stop(instance_id, 0.0) for instance_id in tuple(self._running)))
-        await self._clocks.close()
+        await self._clocks.close(reset=not self._leave_running)
         self._broadcast.close()
+
+    async def _leave(self, running: _Running) -> None:
+        assert running.watching is not None
+        running.watching.cancel()
+        await asyncio.wait([running.watching])
+        running.process.leave()
+        del self._running[running.instance.id]
 
     def _get(self, instance_id: str) -> _Running:
         try:

@@ -68,6 +68,11 @@ class GpuClocks:
             raise DriverError(f"the agent of node {gpus[0].node} does not tell its GPUs' clocks")
         return supported[0]
 
+    async def locked(self, gpus: Sequence[GpuSlot]) -> int | None:
+        """The clock these GPUs are locked at now, by whomever; None if one is not. Raises ``DriverError``."""
+        locks = await self._on_node(gpus, lambda board: board.locked_sm_clocks_mhz())
+        return min(lock.high_mhz for lock in locks if lock) if all(locks) else None
+
     async def reset(self, gpus: Sequence[GpuSlot]) -> None:
         """Take the locks off these GPUs; a node that cannot be reached keeps them until their leases lapse."""
         for gpu in gpus:

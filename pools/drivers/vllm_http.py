@@ -14,6 +14,7 @@ from pools.drivers.port import DriverError
 POLL_PERIOD_S = 0.1
 TOKEN_TIMEOUT_S = 120.0  # the first one may wait for kernels to be compiled
 CALL_TIMEOUT_S = 120.0  # weights move to host memory and back
+SLEEP_TOLD_WITHIN_S = 10.0
 WARM_UP_WORDS = 512
 
 
@@ -73,14 +74,21 @@ class VllmServer:
         """Put the engine to sleep, weights in host memory. Raises ``DriverError`` if this build cannot."""
         await self._call("POST", "/sleep?level=1")
 
+    async def sleeps(self) -> bool:
+        """Whether the engine is asleep; one that does not tell is not."""
+        try:
+            return bool((await self._call("GET", "/is_sleeping", SLEEP_TOLD_WITHIN_S)).json()["is_sleeping"])
+        except (DriverError, ValueError, KeyError):
+            return False
+
     async def wake(self) -> None:
         """Wake the engine; returns when it has produced a token."""
         await self._call("POST", "/wake_up")
         await self.until_first_token()
 
-    async def _call(self, method: str, path: str) -> httpx.Response:
+    async def _call(self, method: str, path: str, within_s: float = CALL_TIMEOUT_S) -> httpx.Response:
         try:
-            answer = await self._client.request(method, path)
+            answer = await self._client.request(method, path, timeout=within_s)
         except httpx.HTTPError as error:
             raise DriverError(f"{self.url}{path}: {error!r}") from None
         if answer.status_code == httpx.codes.NOT_FOUND:

@@ -1,17 +1,23 @@
 """How one ``vllm serve`` process is started: command line and environment, from values. Starts nothing itself.
 
 An instance of tensor parallelism k sees its k GPUs by ``CUDA_VISIBLE_DEVICES``. The variables under ``MARK`` and
-``CONTROLLER`` say whose process it is, for whoever looks for orphans (``vllm_processes``).
+``CONTROLLER`` say whose process it is, and the one under ``RECORD`` what it was started as, for whoever looks for
+orphans (``vllm_orphans``).
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
 
 from pools.drivers.port import InstanceSpec
 
 NODE = "DYNAMOLLM_NODE"
 MARK = "DYNAMOLLM_INSTANCE"
 CONTROLLER = "DYNAMOLLM_CONTROLLER"
+RECORD = "DYNAMOLLM_ENGINE"
 DRAIN_LIMIT_S = 86_400  # vLLM's own limit; the driver ends a drain sooner, with its grace
 
 
@@ -60,3 +66,35 @@ def environment(
         CONTROLLER: controller,
     }
     return {**inherited, **launch.environment, **model.environment, **own}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRecord:
+    """What an engine was started as; its environment holds it as JSON, so that no file of it can be stale."""
+
+    spec: InstanceSpec
+    port: int
+    log_path: str
+    digest: str  # of all it was told
+
+    def text(self) -> str:
+        """As JSON; ``read_record`` reads it."""
+        return msgspec.json.encode(self).decode()
+
+
+def record_of(launch: VllmLaunch, model: VllmModel, spec: InstanceSpec, port: int, log_path: Path) -> EngineRecord:
+    """The record of an engine that is started so; equal ones are the same engine of the same deployment.
+
+    Two deployments on one machine differ in where their logs are, if in nothing else.
+    """
+    told = (command_line(launch, model, spec, port), launch.environment, model.environment)
+    digest = hashlib.sha256(msgspec.json.encode(told, order="sorted")).hexdigest()
+    return EngineRecord(spec, port, str(log_path), digest)
+
+
+def read_record(text: str) -> EngineRecord | None:
+    """What ``EngineRecord.text`` has written; None for anything else."""
+    try:
+        return msgspec.json.decode(text, type=EngineRecord)
+    except msgspec.DecodeError:
+        return None

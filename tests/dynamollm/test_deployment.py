@@ -10,7 +10,7 @@ from dynamollm.deployment import Deployment
 from dynamollm.placement import NoRoomError
 from energy.adapters.catalogue import load_profile
 from pools.drivers.port import InstanceEvent
-from pools.instances import Instance, InstanceState
+from pools.instances import GpuSlot, Instance, InstanceShape, InstanceState
 from pools.request import RequestClass
 
 
@@ -44,6 +44,35 @@ def test_ids_are_never_used_twice(deployment):
     deployment.put(started(spec))
     deployment.change(InstanceEvent(spec.id, InstanceState.STOPPED))
     assert deployment.specify("SS").id == "ss-3"
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"pool": "XX"}, "there is no pool 'XX' any more"),
+        ({"shape": InstanceShape("other", "H100-SXM", 2)}, "is of model 'llama-3.1-70b' now, not 'other'"),
+        ({"shape": InstanceShape("llama-3.1-70b", "H100-SXM", 1)}, "holds for TP 2, 4, 8 now, not 1"),
+        ({"shape": InstanceShape("llama-3.1-70b", "A100-SXM", 2)}, "has H100-SXM now, not A100-SXM"),
+        ({"gpus": (GpuSlot("gone", 0), GpuSlot("gone", 1))}, "there is no node 'gone' any more"),
+    ],
+)
+def test_what_an_earlier_controller_left_is_adopted_only_where_the_settings_know_it(deployment, changed, why):
+    left = started(deployment.specify("SS", tp=2))
+    deployment.placement.release(left.gpus)
+    assert why in deployment.adopt(dataclasses.replace(left, **changed))
+    assert not deployment.instances
+    assert deployment.adopt(left) == ""
+    assert deployment.instances == {left.id: left}
+
+
+@pytest.mark.parametrize(("policy", "missing"), [("static", 8), ("scale-freq", 8), ("dynamollm", 0)])
+def test_beside_what_was_adopted_those_the_pools_lack_are_started_where_no_plan_says_so(profile, policy, missing):
+    settings = load(None, {"DYNAMOLLM_CONTROLLER__POLICY": policy})
+    deployment = Deployment(settings, {"llama-3.1-70b": profile})
+    left = started(deployment.specify("SS"))
+    deployment.placement.release(left.gpus)
+    assert deployment.adopt(left) == ""
+    assert len(deployment.configured()) == missing
 
 
 def test_one_that_is_gone_frees_its_gpus_and_is_not_routed_to(deployment):

@@ -44,8 +44,11 @@ async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object]) -
     return seen
 
 
-def together(cluster, count, tokens, during=None) -> list[Seen]:
-    """So many streams side by side, short and long prompts in turn, and something that happens meanwhile."""
+def together(cluster, count, tokens, during=None, lost=False) -> list[Seen]:
+    """So many streams side by side, short and long prompts in turn, and something that happens meanwhile.
+
+    Where they may be ``lost`` with the gateway, one that was cut off is None.
+    """
 
     async def play():
         limits = httpx.Limits(max_connections=200)
@@ -54,7 +57,8 @@ def together(cluster, count, tokens, during=None) -> list[Seen]:
             streams = [asyncio.create_task(stream(client, cluster.url, body)) for body in bodies]
             if during is not None:
                 await asyncio.to_thread(during)
-            return await asyncio.gather(*streams)
+            seen = await asyncio.gather(*streams, return_exceptions=lost)
+            return [None if isinstance(s, httpx.HTTPError) else s for s in seen]
 
     return asyncio.run(play())
 

@@ -106,10 +106,13 @@ class Engine:
 class Cluster:
     """``dynamollm serve`` in a process of its own."""
 
-    process: subprocess.Popen[str]
+    config: Path
+    process: subprocess.Popen[str] | None = None
     url: str = ""
     addresses: dict[str, str] = field(default_factory=dict)  # of every engine that was ready, by id
     said: list[str] = field(default_factory=list)
+    pids: list[int] = field(default_factory=list)  # of every gateway there was
+    reading: threading.Thread | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -117,27 +120,40 @@ class Cluster:
         """Start it; it is up once both engines have given a token."""
         config = folder / "cluster.yaml"
         config.write_text(yaml.safe_dump(configuration(environment, folder)))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dynamollm", "serve", "--config", str(config), "--port", "0", "-v"],
+        cluster = cls(config)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+        assert cluster.process.returncode == 0, "".join(cluster.said)
+
+    def start(self) -> float:
+        """Returns after how many seconds both engines had given a token."""
+        self.url = ""
+        self.addresses.clear()
+        self.said.clear()
+        process = self.process = subprocess.Popen(
+            [sys.executable, "-m", "dynamollm", "serve", "--config", str(self.config), "--port", "0", "-v"],
             stderr=subprocess.PIPE,
             text=True,
             env={name: value for name, value in os.environ.items() if not name.startswith("DYNAMOLLM_")},
         )
-        cluster = cls(process)
-        reading = threading.Thread(target=cluster._read, daemon=True)
-        reading.start()
+        self.pids.append(process.pid)
+        self.reading = threading.Thread(target=self._read, daemon=True)
+        self.reading.start()
+        took_s = eventually(lambda: self.url or process.poll() is not None, "the gateway is up", START_S)
+        assert len(self.addresses) == 2, "".join(self.said)
+        return took_s
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """End the gateway, as Ctrl-C does or otherwise."""
+        self.process.send_signal(number)
         try:
-            eventually(lambda: cluster.url or process.poll() is not None, "the gateway is up", START_S)
-            assert len(cluster.addresses) == 2, "".join(cluster.said)
-            yield cluster
+            self.process.wait(timeout=60)
         finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(timeout=60)
-            finally:
-                process.kill()
-            reading.join()
-        assert process.returncode == 0, "".join(cluster.said)
+            self.process.kill()
+        self.reading.join()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -155,12 +171,12 @@ class Cluster:
         return [last[pool] for pool in sorted(last)]
 
     def engine_processes(self) -> list[int]:
-        """Process groups that bear this gateway's mark."""
-        mark = f"DYNAMOLLM_CONTROLLER={self.process.pid}:".encode()
+        """Process groups that bear the mark of this gateway, or of one it has followed."""
+        marks = [f"DYNAMOLLM_CONTROLLER={pid}:".encode() for pid in self.pids]
         found = set()
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdigit() and mark in (entry / "environ").read_bytes():
+                if entry.name.isdigit() and any(mark in (entry / "environ").read_bytes() for mark in marks):
                     found.add(os.getpgid(int(entry.name)))
         return sorted(found)
 

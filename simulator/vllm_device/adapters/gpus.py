@@ -79,17 +79,21 @@ class BoardGpu:
 
 
 class BoardNode:
-    """The emulated GPUs of one node; makes their boards anew, and removes them when closed."""
+    """The emulated GPUs of one node; makes the boards that are not there, and removes them when closed.
+
+    Boards that are there keep their counters, and those that an engine holds their locks too, as real ones do while a
+    controller starts again; the latter stay when it is closed.
+    """
 
     def __init__(self, node: str, count: int, physics: GpuPhysics, folder: Path) -> None:
         self._node = node
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        now_s = time.monotonic()
-        self._boards = [
-            BoardFile.make(board_path(folder, node, index), now_s, physics.bare_w) for index in range(count)
-        ]
+        self._boards = [_board(board_path(folder, node, index), physics) for index in range(count)]
         self._gpus = [BoardGpu(node, index, physics, board) for index, board in enumerate(self._boards)]
+        for gpu, board in zip(self._gpus, self._boards, strict=True):
+            if not _alive(board.read_meter().engine_pid):
+                gpu.reset_sm_clocks()
 
     def gpus(self) -> Sequence[BoardGpu]:
         """All of them."""
@@ -104,21 +108,33 @@ class BoardNode:
         return ()
 
     def close(self) -> None:
-        """Remove the boards, and the folder if nothing else is in it."""
+        """Remove the boards that no engine holds, and the folder if nothing else is in it."""
         for board in self._boards:
+            held = _alive(board.read_meter().engine_pid)
             board.close()
-            board.path.unlink(missing_ok=True)
+            if not held:
+                board.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._folder.rmdir()
 
 
 def board_gpus(node: str, count: int, physics: GpuPhysics, folder: Path) -> Sequence[BoardGpu]:
-    """GPUs of one node, made anew, for whoever never closes them."""
+    """GPUs of one node, for whoever never closes them."""
     return BoardNode(node, count, physics, folder).gpus()
 
 
+def _board(path: Path, physics: GpuPhysics) -> BoardFile:
+    """The board that is there, unless it is none or of another boot; else a new one."""
+    now_s = time.monotonic()
+    with contextlib.suppress(OSError, ValueError):
+        board = BoardFile(path)
+        if board.read_meter().at_s <= now_s:
+            return board
+    return BoardFile.make(path, now_s, physics.bare_w)
+
+
 def _alive(pid: int) -> bool:
-    """Whether a process is there and is more than a zombie."""
+    """Whether a process is there and is more than a zombie; 0 is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -3,8 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -231,43 +229,3 @@ def test_on_a_node_without_an_agent_engines_run_and_clocks_are_refused():
         assert (await driver.list())[0].state is InstanceState.READY
 
     play(scenario, nodes={})
-
-
-CONTROLLER = """
-import asyncio, sys
-sys.path[:0] = [{tests!r}, {root!r}]
-from test_vllm_driver import ready, spec
-from vllm_examples import stand_in_driver
-
-async def run():
-    driver = stand_in_driver()
-    await ready(driver, driver.events(), spec(sys.argv[1]))
-    print("up", flush=True)
-    await asyncio.sleep(600)
-
-asyncio.run(run())
-"""
-
-
-def test_engines_of_a_killed_controller_are_ended_before_the_first_start_and_a_living_ones_are_not():
-    tests, root = str(Path(__file__).parent), str(Path(__file__).parents[3])
-    program = [sys.executable, "-c", CONTROLLER.format(tests=tests, root=root), ORPHAN]
-    with subprocess.Popen(program, stdout=subprocess.PIPE) as controller:
-        assert controller.stdout.readline() == b"up\n"
-        assert engines()
-
-        async def beside(driver, events):
-            await ready(driver, events)
-            assert engines()  # their controller lives
-
-        async def after(driver, events):
-            await ready(driver, events)
-            assert not engines()
-
-        try:
-            play(beside)
-        finally:
-            controller.kill()
-            controller.wait()
-        assert engines()  # nothing ended them
-        play(after)

@@ -43,13 +43,17 @@ def stand_in_driver(
     environment: Mapping[str, str] | None = None,
     can_park: bool = True,
     command: tuple[str, ...] = STAND_IN,
+    arguments: tuple[str, ...] = (),
+    log_dir: Path | None = None,
+    gpus: Mapping[str, int] | None = None,
+    **options: object,
 ) -> VllmDriver:
     nodes = {"node-0": MemoryNode(), "node-1": MemoryNode()} if nodes is None else nodes
     return VllmDriver(
-        {"node-0": 8, "node-1": 8},
+        gpus or {"node-0": 8, "node-1": 8},
         models or {"tiny": VllmModel("/models/tiny")},
-        VllmLaunch(command=command, environment=environment or {}, can_park=can_park),
+        VllmLaunch(command=command, arguments=arguments, environment=environment or {}, can_park=can_park),
         GpuClocks(nodes),
-        Path(tempfile.mkdtemp()),
-        start_timeout_s=10.0,
+        log_dir or Path(tempfile.mkdtemp()),
+        **{"start_timeout_s": 10.0, **options},
     )

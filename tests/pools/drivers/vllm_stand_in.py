@@ -1,7 +1,8 @@
 """Stands in for the ``vllm`` command where no vLLM is installed: the same command line, endpoints and signals.
 
 What it does not have is an engine. ``FAIL_START=1`` in its environment makes it die as vLLM does where memory is short;
-a request whose prompt is ``slow`` lasts half a second; a model path with ``-refusing-`` answers with 400.
+a request whose prompt is ``slow`` lasts half a second; a model path with ``-refusing-`` answers with 400; after a
+request whose prompt is ``hang`` none is ever answered.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Server(BaseHTTPRequestHandler):
     load = 0
     asleep = False
+    hangs = False
     lock = threading.Lock()
 
     def do_POST(self):
@@ -31,13 +33,17 @@ class Server(BaseHTTPRequestHandler):
             self.answer({}, 404)
 
     def do_GET(self):
-        self.answer({"server_load": Server.load} if self.path == "/load" else {"environment": dict(os.environ)})
+        answers = {"/load": {"server_load": Server.load}, "/is_sleeping": {"is_sleeping": Server.asleep}}
+        self.answer(answers.get(self.path, {"environment": dict(os.environ)}))
 
     def complete(self, body):
         with Server.lock:
             Server.load += 1
         if body["prompt"] == "slow":
             time.sleep(0.5)
+        Server.hangs = Server.hangs or body["prompt"] == "hang"
+        if Server.hangs or Server.asleep:
+            time.sleep(600)
         refused = "-refusing-" in " ".join(sys.argv)
         self.answer({"usage": {"completion_tokens": body["max_tokens"]}}, 400 if refused else 200)
         with Server.lock:

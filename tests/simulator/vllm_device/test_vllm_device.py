@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,32 @@ def test_boards_without_an_engine_are_bare_and_refuse_clocks_they_do_not_have(no
     assert (gpu.sm_clock_mhz(), gpu.locked_sm_clocks_mhz()) == (1200, ClockLock(345, 1200))
     gpu.reset_sm_clocks()
     assert gpu.sm_clock_mhz() == 1980
+
+
+def test_boards_outlive_whoever_sets_their_clocks_as_long_as_an_engine_holds_them(node, tmp_path):
+    held, left = node.gpus()[0], node.gpus()[1]
+    for gpu in (held, left):
+        gpu.lock_sm_clocks(ClockLock(900, 900))
+        gpu._board.write_meter(replace(gpu._board.read_meter(), energy_j=5e6))
+    held._board.write_meter(replace(held._board.read_meter(), engine_pid=os.getpid()))
+    again = BoardNode("n", 8, H100, tmp_path)
+    assert again.gpus()[0].locked_sm_clocks_mhz() == ClockLock(900, 900)
+    assert again.gpus()[1].locked_sm_clocks_mhz() is None  # of no engine: nobody will take it off
+    assert min(gpu.energy_j() for gpu in again.gpus()[:2]) >= 5e6
+    again.close()
+    assert [path.name for path in tmp_path.glob("*.board")] == ["n-0.board"]
+    held.lock_sm_clocks(ClockLock(345, 345))  # the same board still
+    assert BoardNode("n", 1, H100, tmp_path).gpus()[0].sm_clock_mhz() == 345
+
+
+def test_boards_of_another_boot_or_that_are_none_are_made_anew(tmp_path):
+    BoardFile.make(tmp_path / "n-0.board", time.monotonic() + 1e6, 70.0).lock_mhz = (345, 900)
+    (tmp_path / "n-1.board").write_bytes(b"")
+    node = BoardNode("n", 2, H100, tmp_path)
+    assert [gpu.locked_sm_clocks_mhz() for gpu in node.gpus()] == [None, None]
+    assert max(gpu.energy_j() for gpu in node.gpus()) < 1e4
+    node.close()
+    assert not tmp_path.exists()
 
 
 def test_an_engine_holds_the_boards_it_sees_and_their_memory(device, node):
