@@ -15,9 +15,10 @@ import numpy as np
 from pools.classes import ClassCuts
 from simulator.workload.arrivals import Workload
 from solver.control import Demand
-from solver.forecast import ForecastSettings, SlotForecaster
+from solver.forecast import SlotForecaster
 from solver.load_correction import Reserve
 from solver.load_history import DAY, SLOT_S, LoadHistory
+from solver.load_promises import ForecastSettings
 
 MINUTE_S = 60.0
 PER_SLOT = 5

@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solver.control import Demand
-from solver.forecast import Forecast, ForecastSettings, KnownForecaster, SlotForecaster
+from solver.forecast import Forecast, KnownForecaster, SlotForecaster
 from solver.load_history import LoadHistory
+from solver.load_promises import ForecastSettings
 
 DAY_S = 86_400.0
 
@@ -142,6 +143,33 @@ def test_as_many_peaks_are_covered_as_was_asked_for(quantile):
         for k, requests in enumerate(minutes):
             forecaster.observe(now_s + 60.0 * (k + 1), window([requests], 60.0))
     assert over / asked == pytest.approx(1.0 - quantile, abs=0.02)
+
+
+def test_a_class_of_two_requests_a_minute_is_covered_as_often_as_any():
+    """Where a minute may well be empty, ratios say little: the reserve still has to hold."""
+    rng = np.random.default_rng(7)
+    forecaster, over = SlotForecaster(2, groups=np.array([0, 1])), []
+    for slot in range(5 * 288):
+        reserve = forecaster.forecast(slot * 300.0, 300.0).reserve_rps[1]
+        minutes = rng.poisson([600.0, 2.0], (5, 2))
+        over.append(minutes[:, 1].max() / 60.0 > reserve)
+        for k, requests in enumerate(minutes):
+            forecaster.observe(slot * 300.0 + 60.0 * (k + 1), window(requests, 60.0))
+    assert np.mean(over[288:]) == pytest.approx(0.045, abs=0.02)
+
+
+def test_in_a_restless_hour_more_is_kept_ready_than_in_a_calm_one():
+    """Minutes of the same mean, every other six hours far noisier."""
+    rng, forecaster, factors = np.random.default_rng(8), SlotForecaster(1), {True: [], False: []}
+    for slot in range(5 * 288):
+        wild = slot // 72 % 2 == 1
+        forecast = forecaster.forecast(slot * 300.0, 300.0)
+        if slot > 288 and slot % 72 > 6:
+            factors[wild].append(forecast.reserve_rps[0] / forecast.mean_rps[0])
+        noise = rng.gamma(20.0, 0.05, 5) if wild else np.ones(5)
+        for k, requests in enumerate(rng.poisson(1800.0 * noise)):
+            forecaster.observe(slot * 300.0 + 60.0 * (k + 1), window([requests], 60.0))
+    assert np.mean(factors[False]) < 1.15 < 1.3 < np.mean(factors[True])
 
 
 def test_the_reserve_learns_from_bursts_it_did_not_foresee():
