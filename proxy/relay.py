@@ -48,7 +48,7 @@ from proxy.sse import EventFilter, Usage, error_status, first_event, usage_of, w
 
 _NO_HEAD = InstanceHead(0, ())
 _NOBODY: frozenset[str] = frozenset()
-_GAPS_AT_ONCE = 64  # arrival times kept before they are counted
+_GAPS_AT_ONCE = 64  # arrival times kept before they are counted, and those of the second until somebody looks
 _ATTEMPTS = 2
 
 
@@ -175,9 +175,11 @@ class Relay(msgspec.Struct, eq=False):
             self._give_up(errors.shutting_down(), now_s)
 
     def check_deadlines(self, now_s: float) -> None:
-        """Called now and then."""
+        """Called about once a second."""
         if self.state is _DONE:
             return
+        if len(self._arrivals_s) >= _GAPS_AT_ONCE:
+            self._count_gaps()
         deadlines = self._services.settings.deadlines
         limit_s = deadlines.total_s if self.state is _RELAYING else deadlines.first_byte_s
         if now_s - self._admitted.request.arrival_s > limit_s:
@@ -194,12 +196,10 @@ class Relay(msgspec.Struct, eq=False):
     def body(self, payload: bytes, now_s: float) -> None:
         """Bytes of the instance's answer, without their framing."""
         if self.state is _RELAYING:
-            if self._events is not None:
-                arrivals_s = self._arrivals_s
-                arrivals_s.append(now_s)
-                if len(arrivals_s) >= _GAPS_AT_ONCE:
-                    self._count_gaps()
-                payload = self._events.feed(payload)
+            events = self._events
+            if events is not None:
+                self._arrivals_s.append(now_s)
+                payload = events.feed(payload)
                 if not payload:
                     return
             client = self._client

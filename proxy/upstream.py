@@ -59,6 +59,7 @@ class Connection(asyncio.Protocol):
         "_silent",
         "_status",
         "_surplus",
+        "_told",
         "_transport",
         "_until_eof",
         "idle_since_s",
@@ -93,6 +94,7 @@ class Connection(asyncio.Protocol):
         self._surplus = False
         self._until_eof = True
         self._silent = True
+        self._told = False  # its head, to the relay
 
     # For the relay
 
@@ -149,7 +151,6 @@ class Connection(asyncio.Protocol):
         if relay is None:
             self._close()
             return
-        told_head = self._status >= _INTERIM
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
@@ -159,15 +160,18 @@ class Connection(asyncio.Protocol):
             self._fail(Failure.BROKEN)
             return
         try:
-            if not told_head:
+            if not self._told:
                 self._silent = False
                 if self._status < _INTERIM:
                     return
+                self._told = True
                 relay.head(self._read_head())
             pieces = self._pieces
             if pieces:
-                payload = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-                pieces.clear()
+                payload = pieces.pop()
+                if pieces:
+                    payload = b"".join((*pieces, payload))
+                    pieces.clear()
                 relay.body(payload, self._clock())
             if self._complete and self._relay is relay:  # it may have turned away in the middle
                 self._release(relay)
@@ -268,6 +272,7 @@ class Connection(asyncio.Protocol):
         self._surplus = False
         self._until_eof = True
         self._silent = True
+        self._told = False
 
     def _start_over(self) -> None:
         """The connection had gone stale: the same request on a fresh one."""

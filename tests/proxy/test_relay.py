@@ -165,6 +165,22 @@ def test_gaps_between_events_are_counted_each_once_however_many():
     assert relay._output_tokens() == 2000  # no usage: one an event
 
 
+def test_gaps_of_a_long_stream_are_counted_while_it_runs():
+    relay, _, _, _, _ = relay_of({**CHAT, "stream": True})
+    metrics, labels = relay._services.metrics, ("tiny", "SS", "LL")
+    relay.start(0.0)
+    relay.head(STREAM_HEAD)
+    for n in range(1000):
+        relay.body(TOKENS[1], n * 0.02)
+        if n % 50 == 49:  # about once a second
+            relay.check_deadlines(n * 0.02)
+            assert len(relay._arrivals_s) < 50 + 64
+    assert metrics.tbt.count(labels) > 1000 - 50 - 64
+    relay.end(20.0)
+    assert metrics.tbt.count(labels) == 999
+    assert relay._output_tokens() == 1000
+
+
 def test_no_such_instance_is_a_failure_like_any_other():
     relay, client, network, router, _ = relay_of(CHAT, unknown=("i0",))
     relay.start(0.0)
