@@ -118,16 +118,18 @@ _encode = msgspec.json.Encoder().encode
 def read_chat(body: bytes) -> RequestFields:
     """The fields of a chat completion request. Raises ``ApiError`` 400."""
     fields = _decoded(_chat, body)
-    text_bytes = 0
-    for message in fields.messages:
+    messages = fields.messages
+    text_bytes = len(fields.tools)
+    for message in messages:
         content = message.content
-        if len(content) and memoryview(content)[0] == _BRACKET:
+        if content is not _ABSENT and memoryview(content)[0] == _BRACKET:
             text_bytes += _parts_bytes(content)
         else:
             text_bytes += len(content)
-        text_bytes += len(message.tool_calls)
-    size = PromptSize(text_bytes + len(fields.tools), len(fields.messages))
-    return _fields(fields, size, None, _system_of(fields.messages), _last_turn(fields.messages))
+        if message.tool_calls is not _ABSENT:
+            text_bytes += len(message.tool_calls)
+    system = _system_of(messages[0]) if messages else 0
+    return _fields(fields, PromptSize(text_bytes, len(messages)), None, system, _last_turn(messages))
 
 
 def read_completion(body: bytes) -> RequestFields:
@@ -203,24 +205,24 @@ def _fields(body: Any, size: PromptSize, input_tokens: int | None, system: int =
         size,
         input_tokens,
         cap_tokens,
-        _hint(body.nvext) if len(body.nvext) else None,
+        None if body.nvext is _ABSENT else _hint(body.nvext),
         1 if body.n is None else max(1, _integer(body.n, "n") or 1),
-        len(body.tools) > 2,
-        len(body.response_format) > 2,
+        body.tools is not _ABSENT and len(body.tools) > 2,
+        body.response_format is not _ABSENT and len(body.response_format) > 2,
         len(body.chat_template_kwargs) > 2 or len(body.reasoning_effort) > 2,
         None if body.priority is None else _integer(body.priority, "priority"),
         body.service_tier,
-        crc32(memoryview(body.tool_choice)[:_SYSTEM_BYTES]) if len(body.tool_choice) else 0,
+        0 if body.tool_choice is _ABSENT else crc32(memoryview(body.tool_choice)[:_SYSTEM_BYTES]),
         system,
         turn,
         options is not None and options.include_energy is True,
     )
 
 
-def _system_of(messages: list[_Message]) -> int:
+def _system_of(first: _Message) -> int:
     """What a system prompt is known again by: prompts that begin alike are taken for one."""
-    if messages and (messages[0].role == _SYSTEM or messages[0].role == _DEVELOPER):
-        return crc32(memoryview(messages[0].content)[:_SYSTEM_BYTES])
+    if first.role == _SYSTEM or first.role == _DEVELOPER:
+        return crc32(memoryview(first.content)[:_SYSTEM_BYTES])
     return 0
 
 
