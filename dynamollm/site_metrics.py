@@ -6,7 +6,7 @@ now, theirs as they last said. A silent process' page lapses.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from dynamollm.store import Store
 
@@ -17,25 +17,33 @@ TTL_S = 10.0
 
 
 class SiteMetrics:
-    """``run`` it as a task; ``page`` is what to answer a scrape with."""
+    """``run`` it as a task; ``parts`` is what to answer a scrape with."""
 
-    def __init__(self, store: Store, site: str, name: str, own: Callable[[], bytes]) -> None:
-        """``site``: what the processes share; ``own``: this one's page."""
+    def __init__(self, store: Store, site: str, name: str, own: Callable[[], Iterable[bytes]]) -> None:
+        """``site``: what the processes share; ``own``: this one's page, in parts that each are made quickly."""
         self._store = store
         self._group = f"metrics:{site}"
         self._name = name
         self._own = own
         self._others: dict[str, str] = {}
 
-    def page(self) -> bytes:
-        """Everybody's samples."""
-        return merged({**self._others, self._name: self._own().decode()}).encode()
+    def parts(self) -> Iterator[bytes]:
+        """Everybody's samples; all at the end, but there are things to do while this process' own are collected."""
+        own = []
+        for part in self._own():
+            own.append(part)
+            yield b""
+        yield merged({**self._others, self._name: b"".join(own).decode()}).encode()
 
     async def run(self) -> None:
         """Tell and hear until cancelled."""
         while True:
+            own = []
+            for part in self._own():
+                own.append(part)
+                await asyncio.sleep(0)
             try:
-                await self._store.report(self._group, self._name, {"page": self._own().decode()}, TTL_S)
+                await self._store.report(self._group, self._name, {"page": b"".join(own).decode()}, TTL_S)
                 told = await self._store.reports(self._group)
             except OSError as error:
                 log.debug("pages of other processes stay as they were: %s", error)

@@ -4,6 +4,7 @@ The relayed routes are listed here for their documentation, but served by ``prox
 ASGI; one that arrives here is on a server that does not run that protocol, and is told so.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -127,7 +128,11 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/metrics", tags=["operation"])
     async def exposition() -> Response:
         """Metrics in Prometheus' text format."""
-        return Response(metrics.answer(), media_type=CONTENT_TYPE_LATEST)
+        page = []
+        for part in metrics.answer():
+            page.append(part)
+            await asyncio.sleep(0)  # a page of thousands of samples takes milliseconds: streams go on meanwhile
+        return Response(b"".join(page), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_relayed(app: FastAPI) -> None:

@@ -136,6 +136,16 @@ class _TenantCells(NamedTuple):
     output_tokens: list[float]
 
 
+class _Lone(NamedTuple):
+    """Stands in for a registry of one family."""
+
+    family: Metric
+
+    def collect(self) -> Iterator[Metric]:
+        """The family."""
+        yield self.family
+
+
 class GatewayMetrics(Collector):
     """All the gateway counts."""
 
@@ -184,7 +194,7 @@ class GatewayMetrics(Collector):
         self._gauges: dict[str, tuple[str, float]] = {}
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self.answer: Callable[[], bytes] = self.page  # to a scrape; of several processes, all pages in one
+        self.answer: Callable[[], Iterator[bytes]] = self.parts  # to a scrape; of several processes, all pages in one
 
     def count(self, outcome: Outcome) -> None:
         """Count how a request ended; done for many at a time, and before anybody looks."""
@@ -265,9 +275,10 @@ class GatewayMetrics(Collector):
         if not outcome.cancelled:
             self.slo_met.add((*labels, "true" if met else "false"))
 
-    def page(self) -> bytes:
-        """All of the registry in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def parts(self) -> Iterator[bytes]:
+        """All of the registry in Prometheus' text format, as it is now; whoever asks does other things in between."""
+        for family in list(self.registry.collect()):
+            yield generate_latest(_Lone(family))  # it asks for nothing but ``collect``
 
     def set_gauge(self, name: str, documentation: str, value: float) -> None:
         """A gauge, as it is now."""

@@ -65,7 +65,7 @@ def command(
         registry.register(ProcessCollector(registry=None))
         app = controller_app(commander, proxy_settings(settings).api_keys, registry)
         metrics = (
-            SiteMetrics(commander.store, site, commander.name, lambda: generate_latest(registry)) if site else None
+            SiteMetrics(commander.store, site, commander.name, lambda: [generate_latest(registry)]) if site else None
         )
         config = uvicorn.Config(
             app, ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S

@@ -61,8 +61,8 @@ async def _run(gateway: SharedGateway, site: str) -> None:
             for task in (gateway.replica.run(), gateway.scraper.run(), gateway.persistence.run()):
                 tasks.create_task(task)
             if site:
-                shared = SiteMetrics(gateway.store, site, gateway.replica.name, metrics.page)
-                gateway.services.metrics.answer = shared.page
+                shared = SiteMetrics(gateway.store, site, gateway.replica.name, metrics.parts)
+                gateway.services.metrics.answer = shared.parts
                 tasks.create_task(shared.run())
     finally:
         await gateway.probe.close()

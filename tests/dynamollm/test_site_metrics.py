@@ -18,6 +18,11 @@ def page(count: float, pool: str = "LL") -> str:
     return generate_latest(registry).decode()
 
 
+def halves(text: str) -> list[bytes]:
+    middle = len(text) // 2
+    return [text[:middle].encode(), text[middle:].encode()]
+
+
 def samples(text: str) -> dict[tuple[str, str, str], float]:
     found = {}
     for family in text_string_to_metric_families(text):
@@ -50,17 +55,17 @@ def test_processes_of_one_site_answer_for_each_other_until_one_falls_silent():
         store = SqliteStore(clock=now)
         counts = {"a": 1.0, "b": 5.0, "elsewhere": 9.0}
         sites = {
-            name: SiteMetrics(store, "here" if name in "ab" else "there", name, lambda n=name: page(counts[n]).encode())
+            name: SiteMetrics(store, "here" if name in "ab" else "there", name, lambda n=name: halves(page(counts[n])))
             for name in counts
         }
         tasks = {name: asyncio.create_task(site.run()) for name, site in sites.items()}
         await asyncio.sleep(2 * TELL_S + 1)
         counts["a"] = 2.0  # its own page is as of now
-        found = samples(sites["a"].page().decode())
+        found = samples(b"".join(sites["a"].parts()).decode())
         assert {key[1]: value for key, value in found.items() if key[0] == "requests_total"} == {"a": 2.0, "b": 5.0}
         tasks["b"].cancel()
         await asyncio.sleep(TTL_S + 2 * TELL_S)
-        assert {key[1] for key in samples(sites["a"].page().decode())} == {"a"}
+        assert {key[1] for key in samples(b"".join(sites["a"].parts()).decode())} == {"a"}
         for task in tasks.values():
             task.cancel()
 

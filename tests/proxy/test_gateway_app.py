@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from itertools import pairwise
 
 import pytest
 import uvicorn
@@ -24,6 +25,7 @@ from gateway_fakes import (
     token,
     until,
 )
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pools.tokens import InputCounter, TokenEstimator
@@ -163,6 +165,46 @@ def test_metrics_are_what_happened():
             assert samples["dynamollm_refused_requests_total", frozenset({("status", "400")})] == 1
             assert samples["dynamollm_waiting_requests", frozenset()] == 0
             assert not [name for name, _ in samples if name.startswith("vllm")]
+
+    play(scenario)
+
+
+def test_a_page_is_made_in_parts_that_are_of_one_moment():
+    metrics = GatewayMetrics()
+    metrics.refused.add(("400",))
+    metrics.set_gauge("lit", "A gauge", 1.0)
+    parts = metrics.parts()
+    page = next(parts)
+    metrics.refused.add(("400",))
+    metrics.refused.add(("429",))
+    metrics.set_gauge("new", "Another", 1.0)  # a dictionary that is gone through must not change
+    page += b"".join(parts)
+    assert b'dynamollm_refused_requests_total{status="400"} 1.0' in page
+    assert b"lit 1.0" in page
+    assert b"429" not in page
+    assert b"new" not in page
+    now = b"".join(metrics.parts())
+    assert b'dynamollm_refused_requests_total{status="429"} 1.0' in now
+    assert now == generate_latest(metrics.registry)
+
+
+def test_a_scrape_does_not_hold_up_the_loop():
+    async def scenario():
+        async with Engine() as engine, running(engine) as gateway:
+            turns = []
+            metrics = gateway.gateway.services.metrics
+            metrics.answer = lambda: (turns.append(len(turns)) or b"# %d\n" % n for n in range(5))
+            others = asyncio.create_task(note(turns))
+            text = (await ask(gateway, "GET", "/metrics")).body.decode()
+            others.cancel()
+            assert text == "# 0\n# 1\n# 2\n# 3\n# 4\n"
+            parts = [place for place, turn in enumerate(turns) if turn != "other"]
+            assert all(after > before + 1 for before, after in pairwise(parts))
+
+    async def note(turns):
+        while True:
+            turns.append("other")
+            await asyncio.sleep(0)
 
     play(scenario)
 
