@@ -14,11 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from dynamollm.adapters.background import step_back
 from dynamollm.control_loop import ControllerLostError
 from solver.control import Controller, Effects, Observation, Tick
 
 T = TypeVar("T")
-PRIORITY = 10  # below the gateway: on a machine without a core to spare, a solve waits for requests
+LOADING_PRIORITY = 10  # loading takes seconds of a core: below the gateway, and yet soon done
 
 _controller: list[Controller] = []  # of this process, once it is one
 
@@ -78,7 +79,7 @@ class ControllerProcess:
 
 def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
-    os.nice(PRIORITY)
+    os.nice(LOADING_PRIORITY)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -91,6 +92,7 @@ def _end_with_parent() -> None:
 
 def _begin(make: Callable[[int], Controller], epoch: int) -> None:
     _controller[:] = [make(epoch)]
+    step_back()  # from now on it solves, and a solve waits for requests
 
 
 def _first_tick(now_s: float) -> Tick:

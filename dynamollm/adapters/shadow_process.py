@@ -5,20 +5,18 @@ Compiling and simulating take seconds of a core; nobody waits for them. What sim
 
 import asyncio
 import multiprocessing
-import os
 import signal
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
+from dynamollm.adapters.background import step_back
 from dynamollm.counterfactual import ShadowLostError
 from simulator.workload.arrivals import Arrivals
 
 if TYPE_CHECKING:
     from simulator.shadow import Shadows, World
-
-LOWEST_PRIORITY = 19
 
 _shadows: "list[Shadows]" = []  # of this process, once it is one
 
@@ -50,7 +48,7 @@ class ShadowProcess:
 
 def _begin(worlds: "Mapping[str, World]") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
-    os.nice(LOWEST_PRIORITY)
+    step_back()
     from simulator.shadow import Shadows
 
     _shadows.append(Shadows(worlds))
