@@ -20,6 +20,7 @@ from pathlib import Path
 KEY = "bench-key"
 NATIVE = Path(__file__).resolve().parent.parent / "native"
 ENVIRONMENT = ".venv-bench"  # where `make bench-gateway` puts the other Python packages
+GATEWAY_CORE, CLIENT_CORE = 0, 1  # of those there are; engines and load generator share one
 _READY_S = 90.0
 _CLASSES = ("SS", "SM", "SL", "MS", "MM", "ML", "LS", "LM", "LL")
 _TENSOR_PARALLEL = (2, 2, 2, 2, 2, 4, 4, 4, 8)
@@ -85,14 +86,19 @@ def engines(program: Path, ports: Sequence[int]) -> Iterator[None]:
     """Mock engines on these ports."""
     with ExitStack() as stack:
         for port in ports:
-            stack.enter_context(_process(_pinned(1, [str(program), str(port)]), "engine"))
+            stack.enter_context(_process(_pinned(CLIENT_CORE, [str(program), str(port)]), "engine"))
             _wait_for_port(port)
         yield
 
 
 @contextmanager
-def gateways(names: Sequence[str], first_port: int, engine_ports: Sequence[int]) -> Iterator[list[Running]]:
-    """The gateways of these names that can be started, each on a port of its own."""
+def gateways(
+    names: Sequence[str], first_port: int, engine_ports: Sequence[int], own_session: bool = True
+) -> Iterator[list[Running]]:
+    """The gateways of these names that can be started, each on a port of its own.
+
+    ``own_session``: a kernel that shares cores out by session sees a gateway as one beside the caller, else as a part.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         running = []
@@ -105,7 +111,7 @@ def gateways(names: Sequence[str], first_port: int, engine_ports: Sequence[int])
             if command is None:
                 print(f"{name}: not installed, left out", file=sys.stderr)
                 continue
-            process = stack.enter_context(_process(_pinned(0, command), name))
+            process = stack.enter_context(_process(_pinned(GATEWAY_CORE, command), name, own_session))
             if _answers(port, process):
                 running.append(Running(name, process.pid, port))
             else:
@@ -115,8 +121,8 @@ def gateways(names: Sequence[str], first_port: int, engine_ports: Sequence[int])
 
 def measure(program: Path, port: int, arguments: Sequence[int]) -> str:
     """One run of the load generator; its line of JSON. Raises ``RuntimeError`` where it fails."""
-    command = _pinned(1, [str(program), str(port), *map(str, arguments), f"Authorization: Bearer {KEY}"])
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = _pinned(CLIENT_CORE, [str(program), str(port), *map(str, arguments), f"Authorization: Bearer {KEY}"])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode:
         raise RuntimeError(f"load generator against port {port}: {done.stderr.strip()}")
     return done.stdout
@@ -244,18 +250,24 @@ def _program(name: str) -> str | None:
     return str(own.resolve()) if own.exists() else shutil.which(name)
 
 
+def core_number(core: int) -> int:
+    """The machine's number of the first or second core that this process may use."""
+    return sorted(os.sched_getaffinity(0))[core]
+
+
 def _pinned(core: int, command: list[str]) -> list[str]:
     """On a core of its own, where there are two and taskset."""
     taskset = shutil.which("taskset")
     if taskset is None or len(os.sched_getaffinity(0)) < 2:
         return command
-    return [taskset, "-c", str(sorted(os.sched_getaffinity(0))[core]), *command]
+    return [taskset, "-c", str(core_number(core)), *command]
 
 
 @contextmanager
-def _process(command: list[str], name: str) -> Iterator[subprocess.Popen[bytes]]:
+def _process(command: list[str], name: str, own_session: bool = True) -> Iterator[subprocess.Popen[bytes]]:
+    group = None if own_session else 0  # a process group of its own in any case: it is ended with all it began
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=own_session, process_group=group)
         try:
             yield process
             if process.poll() is not None:
