@@ -6,8 +6,8 @@
 Starts the gateway with the cluster of ``live_control.yaml`` (or ``--config``) and the replay as processes of their own,
 and asks ``/admin/status`` every two seconds. Afterwards the same arrivals are simulated, sped up alike: under
 ``single-pool``, and as the configuration itself (`dynamollm simulate --config`), to compare energy and attainment with.
-Writes a JSON and a plot: load, GPUs by TP, clocks and power over time. Energy is the emulated GPUs' own counters,
-requests are the replay's account, what was saved so far is the gateway's own word.
+Writes a JSON and a plot: load, GPUs by TP and when they were changed, clocks and power over time. Energy is the
+emulated GPUs' own counters, requests are the replay's account, what was saved so far is the gateway's own word.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+from matplotlib.axes import Axes
 
 from energy.adapters.capacity_file import load_capacity
 from energy.adapters.catalogue import load_profile
@@ -40,7 +42,14 @@ from simulator.workload.transform import sped_up, window
 
 OUT = Path(__file__).resolve().parent / "results" / "live-control"
 PERIOD_S = 2.0
+PATIENCE_S = 30.0  # of a question, on a machine that has no core to spare
 PROFILE = "llama-3.1-70b-fp8-h100"
+MARKS = {
+    "ScaleOut": ("start", "^", "#31a354"),
+    "ScaleIn": ("stop", "v", "#de2d26"),
+    "Reshard": ("re-shard", "D", "#e6830c"),
+}
+"""What is marked in the plot: the action, its name there, shape and colour."""
 CLUSTER = Path(__file__).resolve().parent / "live_control.yaml"
 
 
@@ -56,9 +65,11 @@ def main() -> None:
     given = parser.parse_args()
     url = f"http://127.0.0.1:{given.port}"
     with served(given.port, given.config):
+        began_s = time.monotonic()
         samples, report = watched(url, given.trace, given.speedup, given.duration)
-        decisions = httpx.get(f"{url}/admin/decisions", params={"last": 500}, timeout=30).json()
-        compared = httpx.get(f"{url}/admin/status", timeout=30).json()["counterfactual"]
+        decisions = httpx.get(f"{url}/admin/decisions", params={"last": 500}, timeout=PATIENCE_S).json()
+        changes = timeline(decisions, time.monotonic() - began_s)
+        compared = httpx.get(f"{url}/admin/status", timeout=PATIENCE_S).json()["counterfactual"]
     workload = sped_up(window(open_workload(given.trace), 0.0, given.duration), given.speedup)
     nodes = sum(node["count"] for node in yaml.safe_load(given.config.read_text())["nodes"])
     baseline_j = single_pool_j(workload, nodes)
@@ -66,16 +77,17 @@ def main() -> None:
         "command": " ".join(sys.argv[1:]),
         "machine": f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}, load {os.getloadavg()[0]:.1f}",
         "replay": report,
-        "changes": changes_of(decisions),
+        "changes": counted(changes),
         "energy_j": energy_of(samples),
         "single_pool_simulated_j": baseline_j,
         "saved_so_far": compared,
         "simulated": parity(as_configured(given), report, samples),
         "samples": samples,
+        "timeline": changes,
     }
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "run.json").write_text(json.dumps(result, indent=1))
-    plot(samples, given.out / "run.png")
+    plot(samples, changes, baseline_j / (samples[-1]["at_s"] - samples[0]["at_s"]), given.out / "run.png")
     saved = 1.0 - energy_of(samples) / baseline_j
     print(
         json.dumps(
@@ -119,12 +131,15 @@ def watched(url: str, trace: str, speedup: float, duration_s: float) -> tuple[li
     )
     samples = []
     began_s = time.monotonic()
-    with httpx.Client(base_url=url, timeout=10) as client:
-        while replay.poll() is None:
-            status = client.get("/admin/status").json()
-            samples.append(sample_of(time.monotonic() - began_s, status))
-            time.sleep(PERIOD_S)
-    output = replay.stdout.read() if replay.stdout else "{}"
+    with replay, httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+        try:
+            while replay.poll() is None:
+                status = client.get("/admin/status").json()
+                samples.append(sample_of(time.monotonic() - began_s, status))
+                time.sleep(PERIOD_S)
+        finally:
+            replay.terminate()  # where it is not over, what is left of it means nothing
+        output = replay.stdout.read() if replay.stdout else "{}"
     return samples, json.loads(output)
 
 
@@ -150,13 +165,24 @@ def energy_of(samples: Sequence[dict[str, Any]]) -> float:
     return float(samples[-1]["metered_j"] - samples[0]["metered_j"])
 
 
-def changes_of(decisions: dict[str, Any]) -> dict[str, int]:
-    """Operations by kind and outcome."""
-    counts: dict[str, int] = {}
-    for operation in decisions["operations"]:
-        key = f"{operation['action']['kind']} {operation['outcome']}"
-        counts[key] = counts.get(key, 0) + 1
-    return dict(sorted(counts.items()))
+def timeline(decisions: dict[str, Any], now_s: float) -> list[dict[str, Any]]:
+    """What was carried out, in order: when it was done, in seconds of the replay, what it was, and how it ended."""
+    told = [
+        {
+            "at_s": round(now_s - operation["ago_s"], 2),
+            "took_s": operation["took_s"],
+            "kind": operation["action"]["kind"],
+            "outcome": operation["outcome"],
+            "reason": operation["reason"],
+        }
+        for operation in decisions["operations"]
+    ]
+    return sorted(told, key=lambda change: change["at_s"])
+
+
+def counted(changes: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Changes by kind and outcome."""
+    return dict(sorted(Counter(f"{change['kind']} {change['outcome']}" for change in changes).items()))
 
 
 def as_configured(given: argparse.Namespace) -> dict[str, Any]:
@@ -194,26 +220,40 @@ def single_pool_j(workload: Workload, nodes: int) -> float:
     return simulate(setup, workload, controller, "single-pool", 0).energy_j
 
 
-def plot(samples: Sequence[dict[str, Any]], path: Path) -> None:
-    """Load, GPUs by TP, mean clock and power over time."""
+def plot(samples: Sequence[dict[str, Any]], changes: Sequence[dict[str, Any]], baseline_w: float, path: Path) -> None:
+    """Load, GPUs by TP with the changes of them, mean clock, and power beside what single-pool takes in the mean."""
     at_s = np.array([s["at_s"] for s in samples])
-    figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True, constrained_layout=True)
+    figure, axes = plt.subplots(
+        4, 1, figsize=(10, 10), sharex=True, constrained_layout=True, height_ratios=(2, 3, 2, 2)
+    )
     axes[0].plot(at_s, [s["rate_rps"] for s in samples], color="black")
     axes[0].set_ylabel("requests/s")
     by_tp = [[s["gpus_by_tp"][tp] for s in samples] for tp in ("2", "4", "8")]
     axes[1].stackplot(at_s, by_tp, labels=("TP2", "TP4", "TP8"), colors=("#c6dbef", "#6baed6", "#2171b5"), step="post")
-    axes[1].legend(loc="upper left", ncols=3, fontsize=8)
     axes[1].set_ylabel("GPUs holding\nan instance")
+    _mark(axes[1], changes, 1.08 * float(np.max(np.sum(by_tp, axis=0))))
     axes[2].plot(at_s, [s["mean_sm_clock_mhz"] for s in samples], color="#31a354")
-    axes[2].set_ylabel("mean SM clock,\nMHz")
-    axes[3].plot(at_s, [s["power_w"] / 1000 for s in samples], color="#de2d26")
-    axes[3].set_ylabel("power of\ninstances, kW")
+    axes[2].set_ylabel("mean SM clock, MHz")
+    axes[3].plot(at_s, [s["power_w"] / 1000 for s in samples], color="#de2d26", label="instances")
+    axes[3].axhline(baseline_w / 1000, color="gray", linestyle="--", label="single-pool, mean (simulated)")
+    axes[3].legend(loc="lower center", ncols=2, fontsize=9)
+    axes[3].set_ylabel("power, kW")
     axes[3].set_xlabel("seconds since the replay began")
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.set_ylim(bottom=0)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _mark(ax: Axes, changes: Sequence[dict[str, Any]], height: float) -> None:
+    """A row of marks above the GPUs: what was done to instances, and when. Clocks and moves are too many."""
+    for kind, (name, marker, color) in MARKS.items():
+        at_s = [c["at_s"] for c in changes if c["kind"] == kind and c["outcome"] == "done"]
+        ax.scatter(
+            at_s, [height] * len(at_s), marker=marker, color=color, s=45, zorder=3, label=f"{name} ({len(at_s)})"
+        )
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=6, fontsize=9)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 The solver is imported where the controller is made: the gateway's process does without it and its 46 MB of SciPy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynamollm.adapters.clock import monotonic_s, unix_offset_s
 from dynamollm.errors import UserError
@@ -32,6 +32,7 @@ class ControllerRecipe:
         from solver.diff import DiffSettings
         from solver.forecast import SlotForecaster
         from solver.load_history import LoadHistory
+        from solver.pace import PacedForecaster, paced
         from solver.planner import ChangeCosts
         from solver.policies import policies
 
@@ -39,8 +40,10 @@ class ControllerRecipe:
         first = next(iter(tables.values()))
         controller = self.controller
         parked_w, deadline_s = controller.parked_w_per_gpu, controller.transition_deadline_s
+        policy, pace = policies(first.tps[-1], first.sm_clocks_mhz[-1])[controller.policy], controller.pace
+        slots = SlotForecaster(CLASSES * len(tables), history=LoadHistory(pace * unix_offset_s()))
         made = PlanningController(
-            policies(first.tps[-1], first.sm_clocks_mhz[-1])[controller.policy],
+            replace(policy, periods=paced(policy.periods, pace)),
             tables,
             self.pools,
             ControlSettings(
@@ -48,13 +51,13 @@ class ControllerRecipe:
                     start_s=self.startup_s,
                     reshard_s=self.startup_s,
                     parked_w_per_gpu=float("inf") if parked_w is None else parked_w,
-                    dwell_s=controller.dwell_s,
+                    dwell_s=controller.dwell_s / pace,
                 ),
                 diff=DiffSettings(start_deadline_s=deadline_s, drain_deadline_s=deadline_s),
                 lead_s=self.startup_s,
-                history_s=controller.warm_up_s,
+                history_s=controller.warm_up_s / pace,
             ),
-            forecaster=SlotForecaster(CLASSES * len(tables), history=LoadHistory(unix_offset_s())),
+            forecaster=PacedForecaster(slots, pace),
             epoch=epoch,
             stopwatch=monotonic_s,
         )

@@ -169,6 +169,7 @@ class ControllerSettings:
     parked_w_per_gpu: Annotated[float, Field(ge=0, le=2000)] | None = None  # None: engines are stopped, never parked
     warm_up_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0  # of traffic to see before the first plan
     dwell_s: Seconds = 600.0  # how long a change is expected to last: over this time it must pay for itself
+    pace: Annotated[float, Field(ge=1, le=100)] = 1.0  # times as fast as life the load moves: a trace replayed sped up
     transition_deadline_s: Seconds = 900.0  # a start or a drain that takes longer is abandoned
     lease_s: Annotated[float, Field(ge=0.2, le=300)] = 2.0  # a silent leader is followed by another after this
     leadership: Literal["store", "kubernetes"] = "store"  # kubernetes: a Lease in driver.kubernetes.namespace
