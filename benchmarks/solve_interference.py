@@ -37,10 +37,10 @@ from benchmarks.adapters.gateway_processes import (
 )
 from benchmarks.gateway_overhead import Scenario, machine
 from benchmarks.solver_scaling import Case, time_case
-from dynamollm.adapters.controller_process import ControllerProcess
 from energy.adapters.capacity_file import load_capacity
 from energy.adapters.catalogue import write_whole
 from energy.capacity import CapacityTable
+from solver.adapters.controller_process import ControllerProcess
 from solver.control import Effects, Level, Observation, Tick
 
 RESULTS = Path(__file__).resolve().parent / "results"

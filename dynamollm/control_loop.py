@@ -1,8 +1,8 @@
 """ControlLoop: calls the controller at its ticks and hands what it decides to the operations.
 
-The controller is pure and may think for a second: it runs elsewhere (``adapters/controller_process.py``), never on the
-gateway's event loop. If it dies it is started again, with a higher epoch, and plans from what it then sees; until then
-the cluster stays as it is and the gateway serves on.
+The controller is pure and may think for a second: it runs elsewhere (``solver.adapters.controller_process``), never on
+the gateway's event loop. If it dies it is started again, with a higher epoch, and plans from what it then sees; until
+then the cluster stays as it is and the gateway serves on.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from proxy.metrics import Histogram
-from solver.control import Action, Diagnostic, Effects, Level, Observation, Tick
+from solver.control import Action, ControllerLostError, Diagnostic, Effects, Level, Observation, Tick
 
 log = logging.getLogger("dynamollm.control")
 
@@ -23,10 +23,6 @@ TICK_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0
 RESTART_S = 1.0
 HELD_S = 0.1
 FIRST_LOOK_S = 5.0  # an instance period: a look at no time at all shows nothing
-
-
-class ControllerLostError(Exception):
-    """The process that the controller ran in is gone."""
 
 
 class AsyncController(Protocol):

@@ -12,7 +12,6 @@ from prometheus_client import ProcessCollector
 
 from dynamollm.accounts import AccountedRouter, GatewayAccounts
 from dynamollm.adapters.clock import monotonic_s, unix_offset_s
-from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.adapters.engine_probe import HttpEngineProbe
 from dynamollm.collected import Collected
 from dynamollm.commander import Commander
@@ -56,6 +55,7 @@ from pools.router import Router
 from pools.tokens import TokenEstimator
 from proxy.metrics import GatewayMetrics
 from proxy.services import GatewayServices
+from solver.adapters.controller_process import ControllerProcess
 from solver.control import Observation
 
 EPOCHS_OF_A_TERM = 1000  # a controller process that is lost within a term is followed by one of a higher epoch

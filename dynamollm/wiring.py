@@ -12,7 +12,6 @@ from prometheus_client import ProcessCollector
 
 from dynamollm.accounts import AccountedRouter, GatewayAccounts, nobody
 from dynamollm.adapters.clock import monotonic_s, unix_offset_s
-from dynamollm.adapters.controller_process import ControllerProcess
 from dynamollm.adapters.engine_probe import HttpEngineProbe
 from dynamollm.adapters.redis_store import RedisStore
 from dynamollm.adapters.sqlite_store import SqliteStore
@@ -63,6 +62,7 @@ from proxy.outcome import Outcome
 from proxy.services import Directory, GatewayServices
 from proxy.services import Router as RoutingRouter
 from proxy.settings import Deadlines, Limits, ProxySettings
+from solver.adapters.controller_process import ControllerProcess
 from solver.control import Demand, Observation
 
 DEFAULT_REGION = "us-west2"  # California, the grid of the paper's carbon figures

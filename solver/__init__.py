@@ -1,1 +1,1 @@
-"""What is decided: the MILP, forecasts, the cluster, pool and instance controllers, reconfiguration plans. Pure."""
+"""What is decided: the MILP, forecasts, cluster, pool and instance controllers, plans. Pure, but for adapters."""

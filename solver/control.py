@@ -253,6 +253,10 @@ class Controller(Protocol):
         """Decide. Never raises for what the world does: a failed solve keeps the plan and says so."""
 
 
+class ControllerLostError(Exception):
+    """What a controller ran in is gone, and with it what the controller remembered."""
+
+
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 

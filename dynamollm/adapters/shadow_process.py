@@ -11,9 +11,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
-from dynamollm.adapters.background import step_back
 from dynamollm.counterfactual import ShadowLostError
 from simulator.workload.arrivals import Arrivals
+from solver.adapters.background import step_back
 
 if TYPE_CHECKING:
     from simulator.shadow import Shadows, World

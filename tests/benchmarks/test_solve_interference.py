@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.adapters.gateway_processes import _process, core_number
 from benchmarks.solve_interference import NOW, WINDOW, Solving, p99_ms, solving, summary
-from dynamollm.adapters.controller_process import ControllerProcess
+from solver.adapters.controller_process import ControllerProcess
 from solver.control import Effects
 
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from dynamollm.adapters.configuration import load
-from dynamollm.adapters.controller_process import ControllerProcess
-from dynamollm.control_loop import ControllerLostError, ControlLoop
+from dynamollm.control_loop import ControlLoop
 from dynamollm.controller_recipe import controller_recipe
 from dynamollm.settings import ControllerSettings
 from simulator.virtual_loop import run
+from solver.adapters.controller_process import ControllerProcess
 from solver.control import (
     ClusterState,
+    ControllerLostError,
     Demand,
     Diagnostic,
     Effects,
@@ -167,7 +168,7 @@ def test_the_controllers_process_ends_with_one_that_is_killed():
     script = (
         "import asyncio, time\n"
         "from dynamollm.adapters.configuration import load\n"
-        "from dynamollm.adapters.controller_process import ControllerProcess\n"
+        "from solver.adapters.controller_process import ControllerProcess\n"
         "from dynamollm.controller_recipe import controller_recipe\n"
         "async def main():\n"
         "    process = ControllerProcess(controller_recipe(load(None, {})))\n"

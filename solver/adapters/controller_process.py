@@ -14,9 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from dynamollm.adapters.background import step_back
-from dynamollm.control_loop import ControllerLostError
-from solver.control import Controller, Effects, Observation, Tick
+from solver.adapters.background import step_back
+from solver.control import Controller, ControllerLostError, Effects, Observation, Tick
 
 T = TypeVar("T")
 LOADING_PRIORITY = 10  # loading takes seconds of a core: below the gateway, and yet soon done
@@ -25,7 +24,7 @@ _controller: list[Controller] = []  # of this process, once it is one
 
 
 class ControllerProcess:
-    """See ``AsyncController``; ``close`` it. ``make`` must be importable by name (it is pickled)."""
+    """A controller that is awaited; ``close`` it. ``make`` must be importable by name (it is pickled)."""
 
     def __init__(self, make: Callable[[int], Controller], first_epoch: int = 1) -> None:
         self._make = make

@@ -8,14 +8,14 @@ from functools import partial
 import numpy as np
 import pytest
 
-from dynamollm.adapters import background
-from dynamollm.adapters.background import LOWEST_PRIORITY, step_back
 from dynamollm.adapters.configuration import load
-from dynamollm.adapters.controller_process import LOADING_PRIORITY, ControllerProcess
 from dynamollm.adapters.shadow_process import ShadowProcess
 from dynamollm.counterfactual import OWN
 from dynamollm.shadow_wiring import ShadowWorld
 from simulator.workload.arrivals import Arrivals
+from solver.adapters import background
+from solver.adapters.background import LOWEST_PRIORITY, step_back
+from solver.adapters.controller_process import LOADING_PRIORITY, ControllerProcess
 from solver.control import Effects, Level, Tick
 
 linux = pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="SCHED_IDLE is of Linux")
