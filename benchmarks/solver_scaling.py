@@ -196,6 +196,7 @@ def _instances(pool: list[int], tp: list[int], rate: list[float]) -> InstanceVie
         waiting_tokens=zeros,
         context_tokens=zeros,
         slo_slack=np.full(count, 0.4),
+        late_rps=zeros,
         power_w=zeros,
     )
 

@@ -21,8 +21,11 @@ _FIELDS = 4
 class Collected:
     """Give it every set of reports with ``take``."""
 
-    def __init__(self, on_share: Callable[[str, float], None] = lambda instance_id, share: None) -> None:
-        """``on_share`` is told the worst share of an SLO used on an instance, as each gateway saw it lately."""
+    def __init__(self, on_share: Callable[[str, float, int], None] = lambda instance_id, share, late: None) -> None:
+        """``on_share``: told the worst share of an SLO used on an instance, as each gateway saw it lately.
+
+        And how many more requests that gateway found late there.
+        """
         self.on_share = on_share
         self.heard = False  # whether the last attempt to hear succeeded
         self.reports: Mapping[str, GatewayReport] = {}
@@ -44,10 +47,12 @@ class Collected:
         """Take in what gateways say now."""
         for name, report in reports.items():
             before = self.reports.get(name)
+            late = {}
             if before is not None and report.at_unix_s > before.at_unix_s:
                 self._count(before, report)
+                late = {i: count - before.late.get(i, 0) for i, count in report.late.items()}
             for instance_id, share in report.shares.items():
-                self.on_share(instance_id, share)
+                self.on_share(instance_id, share, late.get(instance_id, 0))
         self.heard = True
         self.reports = dict(reports)
         self._loads = together(report.loads for report in reports.values())

@@ -1,10 +1,11 @@
 """Observer: what a controller is shown, gathered from the router, the deployment and the requests that ended. Pure.
 
 It counts since the last look: requests by class (all, and those each instance was given), the worst use of an SLO on
-each instance. What nobody measured is nan, as ``solver.control`` says.
+each instance, requests that came late there. What nobody measured is nan, as ``solver.control`` says.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -77,11 +78,13 @@ class Observer:
         self._traffic = router.traffic.snapshot()
         self._given: dict[str, tuple[int, ...]] = {}
         self._worst: dict[str, float] = {}  # largest share of an SLO used since the last look, by instance
+        self._late: Counter[str] = Counter()  # requests found late since the last look, by instance
         self._ready_at_s: dict[str, float] = {}
 
-    def on_share(self, instance_id: str, share: float) -> None:
-        """Take in what share of its SLO a request on an instance used (``dynamollm.slo_watch``)."""
+    def on_share(self, instance_id: str, share: float, late: int) -> None:
+        """Take in what share of its SLO was used on an instance, and how many more requests are late there."""
         self._worst[instance_id] = max(share, self._worst.get(instance_id, 0.0))
+        self._late[instance_id] += late
 
     def observe(self, now_s: float) -> Observation:
         """Everything since the last look."""
@@ -89,6 +92,7 @@ class Observer:
         observation = Observation(now_s, self._cluster(now_s, window_s), self._demand(window_s), self._start_s())
         self._seen_s = now_s
         self._worst.clear()
+        self._late.clear()
         return observation
 
     def _demand(self, window_s: float) -> Demand:
@@ -137,6 +141,7 @@ class Observer:
             waiting_tokens=np.array([row.pending_tokens for row in rows], dtype=np.float64),
             context_tokens=np.array([row.context_tokens for row in rows], dtype=np.float64),
             slo_slack=np.array([1.0 - self._worst.get(i.id, np.nan) for i in instances], dtype=np.float64),
+            late_rps=np.array([self._late[i.id] for i in instances], dtype=np.float64) / window_s,
             power_w=np.array([power_w.get(i.id, np.nan) for i in instances], dtype=np.float64),
         )
         return ClusterState(

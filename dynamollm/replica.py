@@ -7,6 +7,7 @@ that is too old to be true.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
@@ -74,6 +75,7 @@ class Replica:
         self._heard_s = clock()
         self._shares: tuple[dict[str, float], dict[str, float]] = ({}, {})  # of this stretch of time, and the last
         self._shares_turn_s = 0.0
+        self._late: Counter[str] = Counter()  # ever, by instance
         self._missing: dict[str, str] = {}  # profiles that cannot be had here, once that was said
         self._following = asyncio.Event()
 
@@ -169,6 +171,8 @@ class Replica:
         if now_s >= self._shares_turn_s:
             self._shares = ({}, self._shares[0])
             self._shares_turn_s = now_s + SHARE_S
+            here = self._deployment.instances
+            self._late = Counter({i: late for i, late in self._late.items() if i in here})
         now, before = self._shares
         return GatewayReport(
             at_unix_s=now_s + self._offset_s,
@@ -180,16 +184,19 @@ class Replica:
             ),
             loads=self._router.fleet.own(),
             given={name: counts.given for name, counts in self._router.counts().items() if any(counts.given)},
+            late=dict(self._late),
             shares={name: max(now.get(name, 0.0), before.get(name, 0.0)) for name in {**before, **now}},
             tenants=dict(self._limit.own) if self._limit else {},
             minute=self._limit.minute if self._limit else 0,
             ledger_batches=self._feed.batches,
         )
 
-    def on_share(self, instance_id: str, share: float) -> None:
-        """Take in what share of its SLO a request on an instance used."""
+    def on_share(self, instance_id: str, share: float, late: int) -> None:
+        """Take in what share of its SLO was used on an instance, and how many more requests are late there."""
         now = self._shares[0]
         now[instance_id] = max(share, now.get(instance_id, 0.0))
+        if late:
+            self._late[instance_id] += late
 
     def _hear(self, others: dict[str, GatewayReport]) -> None:
         now_s = self._clock()

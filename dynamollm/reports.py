@@ -47,6 +47,7 @@ class GatewayReport:
     loads: dict[str, PeerLoad] = field(default_factory=dict)  # its own requests in flight, by instance
     given: dict[str, tuple[int, ...]] = field(default_factory=dict)  # requests it ever gave an instance, by class
     shares: dict[str, float] = field(default_factory=dict)  # worst share of an SLO used lately, by instance
+    late: dict[str, int] = field(default_factory=dict)  # requests it ever found late, by instance
     tenants: dict[str, float] = field(default_factory=dict)  # requests of this minute, by tenant
     minute: int = 0  # Unix minute of those
     ledger_batches: int = 0  # it has sent so many to the ledger, or is about to

@@ -1,6 +1,6 @@
-"""SloWatch: what share of its SLO each request used on its instance, as soon as it is known. Pure.
+"""SloWatch: what share of its SLO each request used on its instance, and whether it is late, once that is known. Pure.
 
-A late first token shows before its request ends, the mean gap between tokens when it does.
+A late first token shows before its request ends, the mean gap between tokens when it does. A request is late once.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from proxy.outcome import Outcome
 class SloWatch:
     """``on_outcome`` belongs among the gateway's observers; ``on_first_token`` is told before the router is."""
 
-    def __init__(self, router: Router, on_share: Callable[[str, float], None]) -> None:
-        """``on_share``: told the instance and the share."""
+    def __init__(self, router: Router, on_share: Callable[[str, float, int], None]) -> None:
+        """``on_share``: told the instance, the share, and 1 if that makes the request late, else 0."""
         self._router = router
         self._on_share = on_share
 
@@ -22,12 +22,15 @@ class SloWatch:
         flight = self._router.fleet.flights.get(request_id)
         if flight is not None and not flight.started:
             request = flight.request
-            self._on_share(flight.instance_id, (now_s - request.arrival_s) / request.slo.ttft_s)
+            share = (now_s - request.arrival_s) / request.slo.ttft_s
+            self._on_share(flight.instance_id, share, int(share > 1.0))
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Take in how a request ended."""
         if outcome.instance_id is not None and (share := tbt_share(outcome)) is not None:
-            self._on_share(outcome.instance_id, share)
+            request, first_token_s = outcome.request, outcome.first_token_s or 0.0
+            in_ttft = first_token_s - request.arrival_s <= request.slo.ttft_s
+            self._on_share(outcome.instance_id, share, int(share > 1.0 and in_ttft))
 
 
 def tbt_share(outcome: Outcome) -> float | None:

@@ -299,6 +299,7 @@ class SimulatedCluster:
         x.busy_s[row] = 0.0
         x.class_arrivals[row] = 0
         x.worst_share[row] = -1.0
+        x.late[row] = 0
         for column, value in zip(self.world.load, LOAD_EMPTY, strict=True):
             column[row] = value
         self.world.batch.free_blocks[row] = self.row_blocks[row] = self.kv_blocks(instance.tp)

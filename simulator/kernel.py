@@ -428,6 +428,7 @@ def _first_token(w: World, e: int, slot: int, now_s: float) -> None:
     w.ledger.ttft[f.request_class[slot], bucket_of(ttft_s)] += 1
     x = w.engines
     x.worst_share[e] = max(x.worst_share[e], ttft_s / f.ttft_slo_s[slot])
+    x.late[e] += ttft_s > f.ttft_slo_s[slot]
     start(load_of(w), e, now_s, float(w.batch.input_tokens[slot]))
 
 
@@ -446,6 +447,7 @@ def _finish(w: World, e: int, slot: int, now_s: float) -> None:
         w.engines.worst_share[e] = max(w.engines.worst_share[e], tpot_s / f.tbt_slo_s[slot])
     in_ttft = ttft_s <= f.ttft_slo_s[slot]
     in_tbt = tpot_s <= f.tbt_slo_s[slot]
+    w.engines.late[e] += in_ttft and not in_tbt  # a late first token was counted when it came
     ledger.finished[k] += 1
     ledger.within_ttft[k] += in_ttft
     ledger.within_tbt[k] += in_tbt

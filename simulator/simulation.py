@@ -275,10 +275,12 @@ class Simulation:
             waiting_tokens=np.asarray(load.pending_tokens)[rows],
             context_tokens=(blocks - np.asarray(batch.free_blocks)[rows]) * self.setup.limits.block_tokens,
             slo_slack=np.where(worst < 0.0, np.nan, 1.0 - worst),
+            late_rps=x.late[rows] / window_s,
             power_w=(energy_j - self._tick_energy[rows]) / window_s,
         )
         x.class_arrivals[rows] = 0
         x.worst_share[rows] = -1.0
+        x.late[rows] = 0
         self._tick_energy[rows] = energy_j
         self._tick_s = self.now_s
         nodes = len(cluster.node_names)

@@ -59,6 +59,7 @@ class Engines(NamedTuple):
     # since the last tick
     class_arrivals: N  # (E, 9)
     worst_share: F  # of the SLO, TTFT or TBT; -1 = none seen
+    late: N  # requests found over their TTFT or TBT, each once
     # event heap over rows
     heap: N
     heap_position: N  # -1 = not in it

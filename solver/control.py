@@ -64,6 +64,7 @@ class InstanceViews:
     waiting_tokens: FloatArray  # (I,) prompt tokens of those
     context_tokens: FloatArray  # (I,) KV tokens held now
     slo_slack: FloatArray  # (I,) 1 - worst of TTFT / SLO and TBT / SLO seen since the last tick; nan = none seen
+    late_rps: FloatArray  # (I,) requests found over their TTFT or TBT since the last tick, each once, per second
     power_w: FloatArray  # (I,) whole instance; nan = not measured
 
     def __len__(self) -> int:

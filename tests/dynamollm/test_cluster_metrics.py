@@ -126,9 +126,7 @@ class Scripted:
 
 def nothing_seen(now_s: float) -> Observation:
     ints, floats = np.zeros(0, dtype=np.int64), np.zeros(0)
-    views = InstanceViews(
-        (), ints, ints, ints, ints, ints, floats, np.zeros((0, 9)), floats, floats, floats, floats, floats, floats
-    )
+    views = InstanceViews((), ints, ints, ints, ints, ints, floats, np.zeros((0, 9)), *[floats] * 7)
     state = ClusterState(now_s, ("LL",), ("a",), np.full(1, 8, dtype=np.int64), np.ones(1, dtype=np.bool_), views)
     return Observation(now_s, state, Demand(10.0, np.zeros(9), np.zeros(9), np.zeros(9), np.zeros(9)))
 

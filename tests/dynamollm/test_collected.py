@@ -61,10 +61,18 @@ def test_loads_and_queues_of_all_add_up():
 
 
 def test_the_worst_use_of_an_slo_is_passed_on():
-    seen: list[tuple[str, float]] = []
-    collected = Collected(lambda instance_id, share: seen.append((instance_id, share)))
+    seen: list[tuple[str, float, int]] = []
+    collected = Collected(lambda instance_id, share, late: seen.append((instance_id, share, late)))
     collected.take({"a": report(1.0, 1, shares={"i": 0.5}), "b": report(1.0, 1, shares={"i": 0.9})})
-    assert seen == [("i", 0.5), ("i", 0.9)]
+    assert seen == [("i", 0.5, 0), ("i", 0.9, 0)]
+
+
+def test_late_requests_are_news_once():
+    seen: list[int] = []
+    collected = Collected(lambda instance_id, share, late: seen.append(late))
+    for at_s, late in ((1.0, 3), (2.0, 5), (2.0, 5), (3.0, 5), (4.0, 6)):  # what it had before it was heard is none
+        collected.take({"a": report(at_s, 1, shares={"i": 1.5}, late={"i": late})})
+    assert seen == [0, 2, 0, 0, 1]
 
 
 def test_who_follows_an_older_cluster_is_known_and_so_is_the_highest_epoch():

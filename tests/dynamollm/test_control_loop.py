@@ -33,9 +33,7 @@ from solver.control import (
 
 def observation(now_s: float) -> Observation:
     ints, floats = np.zeros(0, dtype=np.int64), np.zeros(0)
-    instances = InstanceViews(
-        (), ints, ints, ints, ints, ints, floats, np.zeros((0, 9)), floats, floats, floats, floats, floats, floats
-    )
+    instances = InstanceViews((), ints, ints, ints, ints, ints, floats, np.zeros((0, 9)), *[floats] * 7)
     pools = ("SS", "SM", "SL", "MS", "MM", "ML", "LS", "LM", "LL")
     cluster = ClusterState(
         now_s, pools, ("a", "b", "c", "d"), np.full(4, 8, dtype=np.int64), np.ones(4, dtype=np.bool_), instances

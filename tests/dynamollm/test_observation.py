@@ -119,6 +119,18 @@ def test_slack_is_the_worst_seen_since_the_last_look():
     assert np.isnan(world.observer.observe(10.0).cluster.instances.slo_slack).all()
 
 
+def test_a_request_is_late_once_in_ttft_or_else_in_tbt():
+    world = World()
+    sent = {name: world.send(name, RequestClass.SS, 0.0) for name in ("ttft", "tbt", "both", "none")}
+    for name, first_s, ended_s in (("ttft", 3.0, 3.5), ("tbt", 1.0, 5.0), ("both", 3.0, 7.0), ("none", 1.0, 1.5)):
+        world.watch.on_first_token(name, first_s)
+        world.router.on_first_token(name, first_s)
+        world.watch.on_outcome(outcome(sent[name], first_s=first_s, ended_s=ended_s, tokens=21))  # TBT SLO: 0.1 s
+    views = world.observer.observe(10.0).cluster.instances
+    assert dict(zip(views.ids, views.late_rps, strict=True)) == {i: 0.3 if i == "ss-1" else 0.0 for i in views.ids}
+    assert not world.observer.observe(20.0).cluster.instances.late_rps.any()
+
+
 def test_a_late_first_token_shows_before_its_request_ends_and_once():
     world = World()
     world.send("a", RequestClass.SS, 0.0)

@@ -338,17 +338,21 @@ def test_a_report_tells_demand_load_and_the_worst_use_of_slos_for_a_while():
     async def scenario(world: World) -> None:
         one = world.replicas[0]
         instance_id = send(one, "a", world.now())
-        one.on_share(instance_id, 0.4)
-        one.on_share(instance_id, 0.7)
-        one.on_share(instance_id, 0.5)
+        one.on_share(instance_id, 0.4, 0)
+        one.on_share(instance_id, 1.7, 1)
+        one.on_share(instance_id, 0.5, 0)
+        one.on_share("gone", 1.5, 1)
         report = one.report(world.now())
         assert [(t.arrived, t.input_tokens, t.request_class) for t in report.totals] == [(1, 100, RequestClass.SS)]
         assert report.loads[instance_id].in_flight == 1.0
         assert report.given[instance_id][RequestClass.SS] == 1
-        assert report.shares == {instance_id: 0.7}
+        assert report.shares == {instance_id: 1.7, "gone": 1.5}
+        assert report.late == {instance_id: 1, "gone": 1}
         assert report.follows == one.follows != NEVER
         await asyncio.sleep(12.0)
-        assert one.report(world.now()).shares == {}
+        later = one.report(world.now())
+        assert later.shares == {}
+        assert later.late == {instance_id: 1}  # ever, but of those that are there
 
     play(scenario)
 

@@ -19,9 +19,7 @@ PROFILE = load_profile("llama-3.1-70b-fp8-h100")
 
 def observation(now_s: float) -> Observation:
     ints, floats = np.zeros(0, dtype=np.int64), np.zeros(0)
-    views = InstanceViews(
-        (), ints, ints, ints, ints, ints, floats, np.zeros((0, 9)), floats, floats, floats, floats, floats, floats
-    )
+    views = InstanceViews((), ints, ints, ints, ints, ints, floats, np.zeros((0, 9)), *[floats] * 7)
     cluster = ClusterState(now_s, ("LL",), ("n0",), np.array([8]), np.ones(1, dtype=np.bool_), views)
     return Observation(now_s, cluster, Demand(5.0, np.zeros(9), np.zeros(9), np.zeros(9), np.zeros(9)))
 

@@ -40,7 +40,7 @@ def one_pool(model="m"):
 
 
 def views(rows):
-    """Instances from ``dict(id, pool, node, tp, state, clock, rate, slack, running, waiting)``; all but id may lack."""
+    """Instances from ``dict(id, pool, node, tp, state, clock, rate, slack, late, ...)``; all but id may lack."""
     n = len(rows)
     rate = np.zeros((n, 9))
     for i, row in enumerate(rows):
@@ -67,6 +67,7 @@ def views(rows):
         waiting_tokens=floats("waiting_tokens", 0.0),
         context_tokens=floats("context_tokens", 0.0),
         slo_slack=floats("slack", float("nan")),
+        late_rps=floats("late", 0.0),
         power_w=floats("power", float("nan")),
     )
 
