@@ -29,7 +29,6 @@ from simulator.results import RunResult
 from simulator.simulation import simulate
 from simulator.workload.adapters.catalogue import open_workload
 from simulator.workload.arrivals import Workload
-from solver.policies import Periods
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -66,13 +65,9 @@ class Experiment:
     calibrated_on: str
     policies: tuple[str, ...]
     sample_s: float
-    periods: Periods | None = None
     profiles: tuple[str, ...] = PROFILES
     learns_lengths: bool = False  # the product's own predictor from cold; else the output's size is known
 
-
-# A week of 5 s ticks is 121,000 calls of the controller: every 20 s, and a joint plan every 5 min, keeps it to minutes
-COARSE = Periods(instance_s=20.0, pool_s=300.0, cluster_s=1800.0, joint_s=300.0)
 
 EXPERIMENTS = {
     each.name: each
@@ -82,9 +77,9 @@ EXPERIMENTS = {
         Experiment("poisson-low", "poisson-low", 12, "poisson-high", MAIN, 10.0),
         Experiment("poisson-medium", "poisson-medium", 12, "poisson-high", MAIN, 10.0),
         Experiment("poisson-high", "poisson-high", 12, "poisson-high", MAIN, 10.0),
-        Experiment("code-day", "azure-2024-code-day", 12, "azure-2024-code-day", MAIN, 120.0, None, CODE_PROFILES),
-        Experiment("code-week", "azure-2024-code-week", 40, "azure-2024-code-week", MAIN, 600.0, COARSE, CODE_PROFILES),
-        Experiment("conv-week", "servegen-week", 40, "servegen-week", MAIN, 600.0, COARSE),
+        Experiment("code-day", "azure-2024-code-day", 12, "azure-2024-code-day", MAIN, 120.0, CODE_PROFILES),
+        Experiment("code-week", "azure-2024-code-week", 40, "azure-2024-code-week", MAIN, 600.0, CODE_PROFILES),
+        Experiment("conv-week", "servegen-week", 40, "servegen-week", MAIN, 600.0),
     )
 }
 
@@ -117,7 +112,6 @@ def run_experiment(experiment: Experiment, profile: str, policies: tuple[str, ..
         "gpu_usd_per_hour": GPU_USD_PER_HOUR,
         "engine": ENGINE._asdict(),
         "router": scenario.weights._asdict(),
-        "periods": asdict(experiment.periods) if experiment.periods else "each policy's own",
         "delays": asdict(scenario.delays),
         "assumptions": list(workload.assumptions),
     }
@@ -150,7 +144,6 @@ def _scenario(experiment: Experiment, profile_name: str) -> Scenario:
         experiment.nodes,
         prediction=None if experiment.learns_lengths else TrueLengths(),
         limits=ENGINE,
-        periods=experiment.periods,
         sample_s=experiment.sample_s,
     )
 

@@ -7,7 +7,7 @@ perfect knowledge could need.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from solver.controllers import ControlSettings, PlanningController
 from solver.forecast import Forecast, KnownForecaster
 from solver.least_energy import StepEngine, Work, least_energy
 from solver.planner import ChangeCosts, ClusterCosts
-from solver.policies import Periods, Policy, policies
+from solver.policies import Policy, policies
 
 GPUS_PER_NODE = 8
 BOUND_SLOT_S = 60.0
@@ -62,7 +62,6 @@ class Scenario:
     limits: EngineLimits = field(default_factory=lambda: EngineLimits(0))  # those that ``capacity`` was built for
     weights: Weights = field(default_factory=lambda: Weights(spread=0.5, margin=0.9))
     parking: bool = False  # whether engines can sleep
-    periods: Periods | None = None  # of all policies' ticks; None: each its own
     sample_s: float = 60.0
 
     @property
@@ -81,8 +80,6 @@ def prepare(scenario: Scenario, policy_name: str, workload: Workload) -> tuple[S
     if policy_name not in known:
         raise ValueError(f"no policy {policy_name!r}; there are {', '.join(known)}")
     policy = known[policy_name]
-    if scenario.periods is not None:
-        policy = replace(policy, periods=scenario.periods)
     pools = policy.pools(profile.model)
     setup = SimulationSetup(
         profile=profile,
