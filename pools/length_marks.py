@@ -47,17 +47,10 @@ def coarse(input_tokens: int) -> int:
 
 def marks_of(features: LengthFeatures) -> Marks:
     """The marks of a request; what they say is told apart by model."""
-    form = features.tools | features.structured << 1 | features.thinking << 2
-    salts, own, shared = _form_marks(
-        features.model,
-        coarse(features.input_tokens),
-        form,
-        features.tool_choice,
-        features.tier or "",
-        features.tenant,
-        features.system,
-    )
-    return Marks(own, shared, _words(features.turn, salts) if features.turn else [])
+    model, inputs, _, _, tools, structured, thinking, tenant, tier, tool_choice, system, turn = features
+    form = tools | structured << 1 | thinking << 2
+    salts, own, shared = _form_marks(model, coarse(inputs), form, tool_choice, tier or "", tenant, system)
+    return Marks(own, shared, _words(turn, salts) if turn else [])
 
 
 @lru_cache(4096)

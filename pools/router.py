@@ -387,16 +387,15 @@ class Router:
 
     def on_finished(self, request_id: str, output_tokens: int, now_s: float) -> None:
         """It ended well, with this many tokens."""
-        flight = self.fleet.flights.get(request_id)
+        fleet = self.fleet
+        flight = fleet.flights.get(request_id)
         if flight is not None:
-            if not flight.started and self.fleet.outliers.succeeded(flight.instance_id):
+            if not flight.started and fleet.outliers.succeeded(flight.instance_id):
                 self._reopen()
             self._left(request_id, now_s)
             self.traffic.finished(flight.request, output_tokens)
-        gap_s = now_s - self._finished_s
-        if gap_s > self.limits.max_retry_after_s:
-            gap_s = self.limits.max_retry_after_s
-        self._finish_gap_s += 0.1 * (gap_s - self._finish_gap_s)
+        gap_s, most_s = now_s - self._finished_s, self.limits.max_retry_after_s
+        self._finish_gap_s += 0.1 * ((gap_s if gap_s < most_s else most_s) - self._finish_gap_s)
         self._finished_s = now_s
 
     def on_cancelled(self, request_id: str, now_s: float) -> None:

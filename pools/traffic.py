@@ -47,7 +47,8 @@ class Traffic:
 
     def finished(self, request: Request, output_tokens: int) -> None:
         """Count a request that has ended well."""
-        totals = self._of(request.model)[request.request_class]
+        known = self._totals.get(request.model) or self._of(request.model)
+        totals = known[request.request_class]
         totals.finished += 1
         totals.output_tokens += output_tokens
 

@@ -179,6 +179,22 @@ def test_what_was_hinted_at_teaches_nothing():
     assert predictor.predict(PLAIN) == LearnedLengths().predict(PLAIN)
 
 
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_what_is_planned_is_what_is_predicted_whoever_learns_in_between(seed):
+    random = np.random.default_rng(seed)
+    costs = {"m": LengthCosts((((0.0, 9.0, 9.0), (1.0, 0.0, 9.0), (1.0, 1.0, 0.0)),) * 3)}
+    asked, alone = (LearnedLengths(LengthLimits(costs=costs, context_tokens={"m": 4000})) for _ in range(2))
+    for _ in range(60):
+        features = LengthFeatures(
+            "m", int(random.integers(1, 4500)), hint_tokens=[None, 7][int(random.integers(8) == 0)], turn=b'"name one"'
+        )
+        tokens = int(random.integers(1, 900))
+        assert asked.plan(features) == asked.predict(features).tokens == alone.predict(features).tokens
+        for predictor in (asked, alone):
+            predictor.learn(features, tokens)
+
+
 def test_memory_is_bounded():
     predictor = LearnedLengths(LengthLimits(models=5, promises=10))
     for n in range(100):

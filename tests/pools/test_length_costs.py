@@ -90,3 +90,17 @@ def test_the_cheapest_size_depends_on_the_odds():
     assert costs.cheapest(0, (0.45, 0.1, 0.45)) == 1  # the middle is off by one at most
     assert costs.cheapest(2, (0.1, 0.1, 0.8)) == 2
     assert costs.cheapest(1, (1.0, 0.0, 0.0)) == 0
+
+
+@given(
+    st.lists(st.floats(0.1, 1e4), min_size=9, max_size=9),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    st.integers(0, 2),
+)
+def test_the_cheapest_size_is_the_one_of_least_expected_cost_and_of_equals_the_smallest(joules, cuts, input_size):
+    low, high = sorted(cuts)
+    shares = (low, high - low, 1.0 - high)
+    costs = LengthCosts.of(table(joules))
+    expected = [sum(cost * share for cost, share in zip(row, shares, strict=True)) for row in costs.joules[input_size]]
+    assert costs.cheapest(input_size, shares) == expected.index(min(expected))
+    assert LengthCosts().cheapest(input_size, (0.5, 0.0, 0.5)) == 0

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from pool_examples import SLOW_STEP, STEP, cluster, request
@@ -178,3 +178,45 @@ class RouterMachine(RuleBasedStateMachine):
 
 RouterMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestRouterMachine = RouterMachine.TestCase
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(CLASSES), st.integers(1, 3000), st.integers(0, 5)), min_size=1, max_size=30),
+    st.booleans(),
+)
+def test_an_answer_that_comes_whole_has_begun_when_it_ends(arrivals, one_by_one):
+    """Told of first tokens just before the end or not at all, the books are the same."""
+    told, whole = (Router(LIMITS) for _ in range(2))
+    for router in (told, whole):
+        router.update(cluster(dict.fromkeys(CLASSES, 2)), 0.0)
+    running = []
+    for n, (request_class, input_tokens, ending) in enumerate(arrivals):
+        now_s = n * 0.01
+        asked = request(n, request_class, now_s, input_tokens)
+        decision = told.route(asked, now_s)
+        assert whole.route(asked, now_s) == decision
+        if isinstance(decision, Assigned):
+            running.append(asked.id)
+        for request_id in running[: 1 if one_by_one else ending]:
+            told.on_first_token(request_id, now_s)
+            told.on_finished(request_id, 5, now_s)
+            whole.on_finished(request_id, 5, now_s)
+            running.remove(request_id)
+        assert whole.fleet.load == told.fleet.load
+        assert whole.traffic.snapshot() == told.traffic.snapshot()
+        assert whole.counts() == told.counts()
+
+
+def test_a_whole_answer_of_an_instance_on_probation_lets_it_back_in():
+    router = Router(LIMITS)
+    router.update(cluster({RequestClass.MM: 2}), 0.0)
+    for n in range(2):  # as many failures in a row as eject
+        assert router.route(request(n), 0.0) == Assigned("MM-0", "MM")
+        router.on_failed(str(n), "MM-0", 0.0)
+    assert router.fleet.outliers.ejected("MM-0")
+    assert router.route(request("a", arrival_s=3.0), 3.0) == Assigned("MM-0", "MM")  # the rest is over: one probe
+    assert router.fleet.outliers.probing("MM-0")
+    assert router.route(request("b", arrival_s=3.0), 3.0) == Assigned("MM-1", "MM")
+    router.on_finished("a", 5, 3.5)
+    assert not router.fleet.outliers.probing("MM-0")

@@ -79,6 +79,9 @@ def test_text_is_measured_in_all_shapes():
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000}}
     parts = chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x" * 100}, image]}])
     assert parts.size == PromptSize(102, 1)
+    calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    called = chat(messages=[{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}])
+    assert called.size == PromptSize(3 + len(json.dumps(calls)), 2)
     odd = chat(messages=[{"role": "user", "content": ["x"]}])
     assert odd.size.text_bytes == len('["x"]')
     assert chat(tools=[{"type": "function"}]).size.text_bytes > chat().size.text_bytes
