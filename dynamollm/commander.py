@@ -11,10 +11,11 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
 from dynamollm.collected import Collected
+from dynamollm.kept_load import KeptLoad
 from dynamollm.leadership import Candidate
-from dynamollm.load_history import MOST_WRITTEN, LoadHistory
-from dynamollm.reports import CONTROLLERS, GATEWAYS, LOAD, ControllerReport, GatewayReport, document, read
-from dynamollm.store import BEGINNING, Store
+from dynamollm.load_history import LoadHistory
+from dynamollm.reports import CONTROLLERS, GATEWAYS, ControllerReport, GatewayReport, document, read
+from dynamollm.store import Store
 from solver.control import Observation
 
 log = logging.getLogger("dynamollm.commander")
@@ -24,7 +25,6 @@ TELL_S = 0.5
 REPORT_TTL_S = 3.0
 WATCH_S = 5.0
 RETRY_S = 1.0
-ENTRIES = 1000
 
 
 class Term(Protocol):
@@ -68,7 +68,7 @@ class Commander(Generic[T]):
         self.store = store
         self._collected = collected
         self._history = history
-        self._demands = demands
+        self._kept = KeptLoad(store, history, demands)
         self._watch_load = watch
         self._begin = begin
         self._clock = clock
@@ -81,7 +81,7 @@ class Commander(Generic[T]):
 
     async def run(self) -> None:
         """Stand by and lead, until cancelled; then the lease is given up."""
-        await self._read_history()
+        await self._kept.restore()
         await self._get_ready()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -103,15 +103,6 @@ class Commander(Generic[T]):
             except (OSError, ValueError) as error:
                 log.debug("%s: %s", self.name, error)  # said by the candidate, once
             await asyncio.sleep(period_s)
-
-    async def _read_history(self) -> None:
-        after = BEGINNING
-        try:
-            while entries := await self.store.entries(LOAD, after, ENTRIES):
-                self._history.read((plain for _, plain in entries), self._demands)
-                after = entries[-1][0]
-        except (OSError, ValueError) as error:
-            log.warning("past load cannot be read, it is learned anew: %s", error)
 
     async def listen(self) -> None:
         """Hear the gateways. Raises ``OSError`` where they cannot be heard."""
@@ -137,8 +128,8 @@ class Commander(Generic[T]):
             if self._collected.heard:
                 self._history.add(now_s + self._offset_s, self._watch_load(now_s).demand)
             self._history.forget_unwritten()
-        elif minutes := self._history.to_write():
-            await self.store.append(LOAD, minutes, MOST_WRITTEN)
+        else:
+            await self._kept.save()
 
     async def _lead(self) -> None:
         """Renew the lease, and have a term for as long as it is ours."""

@@ -48,9 +48,9 @@ class LoadHistory:
         """All of it, oldest first."""
         return (*self._coarse, *self._fine)
 
-    def to_write(self) -> list[dict[str, Any]]:
-        """The minutes that are over and not written; asking takes them."""
-        if sum(window.demand.window_s for window in self._unwritten) < WRITTEN_S:
+    def to_write(self, least_s: float = WRITTEN_S) -> list[dict[str, Any]]:
+        """What is over and not written, if it is that much time; asking takes it."""
+        if not self._unwritten or sum(window.demand.window_s for window in self._unwritten) < least_s:
             return []
         whole = _joined(self._unwritten)
         self._unwritten = []

@@ -48,6 +48,7 @@ from dynamollm.wiring import (
     build_store,
     length_limits,
     load_profiles,
+    past_load,
     router_limits,
 )
 from pools.learned_lengths import LearnedLengths
@@ -212,7 +213,7 @@ def build_term(
         history.add(now_s + offset_s, observation.demand)
         return observation
 
-    past = tuple((window.until_unix_s - offset_s, window.demand) for window in history.windows)
+    past = past_load(history, offset_s)
     if isinstance(controller, ControllerProcess):
         controller.begin(replace(controller_recipe(settings), past=past), EPOCHS_OF_A_TERM * epoch)
     term: ControllerTerm

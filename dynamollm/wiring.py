@@ -22,11 +22,12 @@ from dynamollm.controller_recipe import controller_recipe
 from dynamollm.counterfactual import AsyncShadows, Counterfactual
 from dynamollm.deployment import Deployment
 from dynamollm.errors import UserError
+from dynamollm.kept_load import KeptLoad
 from dynamollm.kubernetes_wiring import build_kubernetes_driver, desired_replicas
 from dynamollm.learning import GatewayLengths, GatewayTokens
 from dynamollm.load_history import LoadHistory
 from dynamollm.metering import DriverMeter, GpuMeter, HeldGpus, Metering
-from dynamollm.observation import Observer
+from dynamollm.observation import CLASSES, Observer
 from dynamollm.operations import Operations
 from dynamollm.persistence import Persistence
 from dynamollm.ray_wiring import build_ray_driver
@@ -78,6 +79,7 @@ class Application:
     services: GatewayServices
     probe: HttpEngineProbe
     operations: Operations
+    controller: AsyncController  # that ``control`` begins with
     control: ControlLoop
     router: Router
     ledger: EnergyLedger
@@ -86,6 +88,7 @@ class Application:
     counterfactual: Counterfactual | None  # None: nothing to compare with
     clock: Callable[[], float]
     history: LoadHistory
+    kept_load: KeptLoad | None  # None: the store outlives nothing
     unix_offset_s: float
     carbon: ElectricityMapsIntensity | None  # what has to be asked now and then
 
@@ -120,16 +123,18 @@ def build(
     estimator = TokenEstimator(settings.slo.cuts)
     predictor = LearnedLengths(length_limits(settings))
     lengths = GatewayLengths(predictor)
-    persistence = Persistence(
-        build_store(settings.store), {"tokens": estimator, "lengths": predictor, "ledger": ledger}
-    )
+    store = build_store(settings.store)
+    persistence = Persistence(store, {"tokens": estimator, "lengths": predictor, "ledger": ledger})
     metrics = GatewayMetrics()
     history, offset_s = LoadHistory(), unix_offset_s()
+    demands = CLASSES * len(settings.models)
+    kept_load = KeptLoad(store, history, demands) if settings.store.kind != "memory" else None
 
     def observe(now_s: float) -> Observation:
         observation = observer.observe(now_s)
         history.add(now_s + offset_s, observation.demand)
-        history.forget_unwritten()  # it is kept here alone
+        if kept_load is None:
+            history.forget_unwritten()
         return observation
 
     control = ControlLoop(controller, observe, operations.apply, clock)
@@ -160,6 +165,7 @@ def build(
         ),
         probe=probe,
         operations=operations,
+        controller=controller,
         control=control,
         router=router,
         ledger=ledger,
@@ -168,6 +174,7 @@ def build(
         counterfactual=counterfactual,
         clock=clock,
         history=history,
+        kept_load=kept_load,
         unix_offset_s=offset_s,
         carbon=carbon if isinstance(carbon, ElectricityMapsIntensity) else None,
     )
@@ -261,6 +268,21 @@ def build_controller(
     return ControllerProcess(replace(controller_recipe(settings), past=past), first_epoch)
 
 
+async def recall(application: Application) -> None:
+    """Have the controller begin with the load that the store has kept; before ``control`` runs."""
+    if application.kept_load is None:
+        return
+    await application.kept_load.restore()
+    past, controller = past_load(application.history, application.unix_offset_s), application.controller
+    if past and isinstance(controller, ControllerProcess):
+        controller.begin(replace(controller_recipe(application.settings), past=past), 1)
+
+
+def past_load(history: LoadHistory, offset_s: float) -> tuple[tuple[float, Demand], ...]:
+    """What came, and when on this process's clock."""
+    return tuple((window.until_unix_s - offset_s, window.demand) for window in history.windows)
+
+
 def build_reload(
     read: Callable[[], Settings],
     runner: Runner,
@@ -274,8 +296,7 @@ def build_reload(
     """What follows another configuration, as ``read`` has it, while a cluster is commanded from an epoch on."""
 
     def controller_of(settings: Settings, epoch: int) -> AsyncController:
-        past = tuple((window.until_unix_s - offset_s, window.demand) for window in history.windows)
-        return build_controller(settings, max(epoch, first_epoch), past)
+        return build_controller(settings, max(epoch, first_epoch), past_load(history, offset_s))
 
     return Reload(read, load_profiles, controller_of, deployment, runner.publish, operations, control)
 

@@ -46,6 +46,7 @@ from solver.forecast import Forecast, Forecaster, SlotForecaster
 from solver.fragmentation import fragment
 from solver.planner import ChangeCosts, ClusterCosts, PlanLimits, Planned, Planner, Restriction
 from solver.policies import Policy
+from solver.recent_load import GAP_S
 
 READY = STATE_CODE[InstanceState.READY]
 STARTING = STATE_CODE[InstanceState.STARTING]
@@ -129,6 +130,7 @@ class PlanningController:
         self._recent_rps = np.zeros(CLASSES * len(tables))
         self._seen_s = 0.0  # of traffic, from the first request on
         self._began_s: float | None = None
+        self._seen_until_s = 0.0
         self._restriction = Restriction()
         self._capacity = np.ones(len(self._pools))
 
@@ -214,8 +216,10 @@ class PlanningController:
     # --- planning ----------------------------------------------------------------------------------------------------
 
     def _follow_recent(self, now_s: float, demand: Demand) -> None:
-        if self._began_s is None:
-            self._began_s = now_s
+        if self._began_s is None or now_s - demand.window_s > self._seen_until_s + GAP_S:
+            self._began_s = now_s  # what came before a gap is no warm-up, and no rate of now
+            self._seen_s, self._recent_rps = 0.0, np.zeros_like(self._recent_rps)
+        self._seen_until_s = now_s
         if self._seen_s > 0.0 or demand.requests.any():
             self._seen_s += demand.window_s
         if demand.window_s > 0.0:

@@ -101,7 +101,7 @@ class SlotForecaster:
         if self._weight == 0.0:
             nothing = np.zeros_like(self._parts)
             return Forecast(nothing, nothing)
-        moment, minute_rps = self._look(now_s, horizon_s)
+        moment, minute_rps = self.look(now_s, horizon_s)
         promises = self._promises_of(horizon_s)
         swing = math.log(self._settings.longest_swing)
         change = min(max(promises.blend.read(moment.signs), -swing), swing)
@@ -123,8 +123,8 @@ class SlotForecaster:
     def _by_group(self, rates: FloatArray) -> FloatArray:
         return np.bincount(self._groups, weights=rates).astype(np.float64)
 
-    def _look(self, now_s: float, horizon_s: float) -> tuple[Moment, float]:
-        """The moment, and the rate of its last minute."""
+    def look(self, now_s: float, horizon_s: float) -> tuple[Moment, float]:
+        """What can be seen now, once anything was observed, and the rate of the last minute."""
         requests, seen_s = self._recent.minutes()
         of_slot = round(SLOT_S / MINUTE_S)
         middle_rps = _rate(requests[:of_slot], seen_s[:of_slot])

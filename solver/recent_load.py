@@ -9,7 +9,7 @@ from solver.control import FloatArray
 
 MINUTE_S = 60.0
 KEPT_MINUTES = 10
-_GAP_S = 300.0  # after which it begins anew
+GAP_S = 300.0  # after which it begins anew
 SMALLEST_RPS = 1.0 / 60.0  # one request a minute: below, ratios of rates mean nothing
 
 
@@ -26,7 +26,7 @@ class RecentLoad:
     def add(self, now_s: float, window_s: float, requests: float) -> None:
         """Take in a window; after a gap, or backwards, it begins anew."""
         windows = self._windows
-        if windows and abs(windows[-1][1] - (now_s - window_s)) > _GAP_S:
+        if windows and abs(windows[-1][1] - (now_s - window_s)) > GAP_S:
             windows.clear()
         windows.append((now_s - window_s, now_s, requests))
         while windows[0][1] <= now_s - KEPT_MINUTES * MINUTE_S:

@@ -24,7 +24,7 @@ from dynamollm.errors import UserError
 from dynamollm.reload import Reload
 from dynamollm.role_server import RoleServer
 from dynamollm.settings import Settings
-from dynamollm.wiring import Application, build, build_reload
+from dynamollm.wiring import Application, build, build_reload, recall
 from proxy.serve import calm_collector, gateway_config, listen
 
 
@@ -131,8 +131,11 @@ async def _run_cluster(application: Application) -> None:
                 tasks.create_task(application.metering.run())
             if application.carbon is not None:
                 tasks.create_task(application.carbon.run())
+            await recall(application)
             await application.runner.settled()
             tasks.create_task(application.control.run())
+            if application.kept_load is not None:
+                tasks.create_task(application.kept_load.run())
             if application.counterfactual is not None:
                 tasks.create_task(application.counterfactual.run())
     finally:

@@ -1,11 +1,17 @@
 """Past demand: nothing of it is lost on the way through the store, what is old is coarser, what is too old is gone."""
 
+import asyncio
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamollm.adapters.sqlite_store import SqliteStore
+from dynamollm.kept_load import KeptLoad
 from dynamollm.load_history import FINE_S, KEPT_S, SLOT_S, WRITTEN_S, LoadHistory
+from dynamollm.reports import LOAD
+from simulator.virtual_loop import run
 from solver.control import Demand
 
 CLASSES = 9
@@ -71,3 +77,102 @@ def test_what_is_of_another_configuration_is_left_out_and_what_is_no_window_refu
     assert history.windows == ()
     with pytest.raises(ValueError, match="no window"):
         history.read([{"until": 1.0}], CLASSES)
+
+
+class Away(SqliteStore):
+    """A store that cannot be reached while it is ``away``."""
+
+    away = False
+
+    async def append(self, stream, entries, most):
+        if self.away:
+            raise OSError("away")
+        await super().append(stream, entries, most)
+
+    async def entries(self, stream, after="", most=1000):
+        if self.away:
+            raise OSError("away")
+        return await super().entries(stream, after, most)
+
+
+def windows_of(store) -> list[float]:
+    async def read() -> list[float]:
+        return [entry["window_s"] for _, entry in await store.entries(LOAD)]
+
+    return run(read())
+
+
+async def observing(history: LoadHistory, seconds: float) -> None:
+    for n in range(round(seconds / 5.0)):
+        await asyncio.sleep(5.0)
+        history.add(BEGIN_S + 5.0 * (n + 1), demand(1.0))
+
+
+def test_a_minute_at_a_time_is_kept_and_at_the_end_what_is_left():
+    store, history = SqliteStore(), LoadHistory()
+
+    async def main() -> None:
+        task = asyncio.create_task(KeptLoad(store, history, CLASSES).run())
+        await observing(history, 150.0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run(main())
+    spans = windows_of(store)
+    assert sum(spans) == 150.0
+    assert all(60.0 <= span <= 65.0 for span in spans[:-1])
+    assert spans[-1] < 60.0
+
+
+def test_who_begins_knows_what_one_before_has_kept_and_writes_none_of_it_again():
+    store = SqliteStore()
+
+    async def one_after_the_other() -> LoadHistory:
+        history = LoadHistory()
+        kept = KeptLoad(store, history, CLASSES)
+        await kept.restore()
+        before = len(history.windows)
+        await observing(history, 60.0)
+        await kept.save()
+        again = LoadHistory()
+        await KeptLoad(store, again, CLASSES).restore()
+        assert total(again) == total(history)
+        assert len(again.windows) == before + 1
+        return again
+
+    run(one_after_the_other())
+    assert total(run(one_after_the_other())) == 24.0
+    assert windows_of(store) == [60.0, 60.0]
+
+
+def test_a_store_that_is_away_costs_the_memory_and_never_the_service(caplog):
+    store, history = Away(), LoadHistory()
+    store.away = True
+
+    async def main() -> None:
+        kept = KeptLoad(store, history, CLASSES)
+        await kept.restore()
+        task = asyncio.create_task(kept.run())
+        await observing(history, 70.0)
+        store.away = False
+        await observing(history, 70.0)
+        assert not task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run(main())
+    assert "learned anew" in caplog.text
+    assert "cannot be kept" in caplog.text
+    assert sum(windows_of(store)) >= 70.0
+
+
+def test_a_stream_that_somebody_spoilt_is_learned_anew(caplog):
+    store, history = SqliteStore(), LoadHistory()
+
+    async def main() -> None:
+        await store.append(LOAD, [{"until": 1.0}], 10)
+        await KeptLoad(store, history, CLASSES).restore()
+
+    run(main())
+    assert history.windows == ()
+    assert "no window" in caplog.text

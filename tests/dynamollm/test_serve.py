@@ -1,5 +1,6 @@
 """`dynamollm serve` as a person runs it: a process, real sockets, real emulated instances, Ctrl-C."""
 
+import asyncio
 import os
 import re
 import signal
@@ -13,6 +14,9 @@ import httpx
 import openai
 import pytest
 import yaml
+
+from dynamollm.adapters.sqlite_store import SqliteStore
+from dynamollm.reports import LOAD
 
 CLUSTER = {
     "models": [{"name": "llama", "profile": "llama-3.1-70b-fp8-h100"}],
@@ -126,6 +130,57 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path):
     assert alive == []
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
+
+
+def test_the_load_that_came_outlives_a_restart_and_a_kill(tmp_path):
+    """A gateway that had requests ends; the next one plans for that load at once, though nobody asks it anything."""
+    folder = tmp_path / "kept"
+    tree: dict[str, object] = {
+        **CLUSTER,
+        "store": {"kind": "file", "folder": str(folder)},
+        "controller": {"warm_up_s": 4.0},
+    }
+    tree["energy"] = {"counterfactual": False}  # its process has the last of the processor, and the end waits for it
+    process, url = start(tmp_path, tree)
+    body = {"model": "llama", "prompt": "hello", "max_tokens": 3, "ignore_eos": True}
+    for _ in range(30):
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=30).status_code == 200
+    until_s = time.monotonic() + 60
+    while not planned(url):  # it has seen them
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    before = kept(folder)
+    assert 0 < before <= 30  # but for what came after the last look
+    process, url = start(tmp_path, tree)
+    until_s = time.monotonic() + 60
+    while not (forecast := planned(url)):
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
+    assert forecast[0] > 0.0
+    process.kill()
+    process.wait(timeout=30)
+    assert kept(folder) == before  # whole, and nothing of it twice
+
+
+def planned(url: str) -> list[float]:
+    """The mean rate that each plan of a gateway was made for."""
+    ticks = httpx.get(f"{url}/admin/decisions", timeout=10).json()["ticks"]
+    numbers = [each["numbers"] for tick in ticks for each in tick["why"]]
+    return [each["forecast_rps"] for each in numbers if "forecast_rps" in each]
+
+
+def kept(folder: Path) -> float:
+    """Requests in the past load of a store."""
+
+    async def read() -> float:
+        store = SqliteStore(folder)
+        entries = await store.entries(LOAD)
+        await store.close()
+        return sum(sum(entry["requests"]) for _, entry in entries)
+
+    return asyncio.run(read())
 
 
 def test_a_port_in_use_and_a_missing_profile_are_told_in_one_line(tmp_path, served):

@@ -369,3 +369,12 @@ def test_a_cluster_without_traffic_is_planned_for_after_a_cluster_period():
 def test_without_history_to_wait_for_the_first_tick_plans():
     world = World("dynamollm").run(20.0 * MIX, 10.0)
     assert planned_at(world)[0] == 0.0
+
+
+@pytest.mark.parametrize(("away_s", "plans"), [(30.0, True), (86_400.0, False)])
+def test_load_recalled_from_before_a_short_break_is_a_warm_up_and_from_a_day_ago_it_is_none(away_s, plans):
+    w = World("dynamollm", settings=ControlSettings(history_s=120.0))
+    for n in range(60):
+        w.controller.recall(5.0 * n - 295.0 - away_s, demand(100.0 * MIX, 5.0))
+    w.run(0.0 * MIX, 60.0)
+    assert bool(w.actions(ScaleOut)) == plans
