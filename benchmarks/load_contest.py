@@ -1,7 +1,8 @@
 """Load forecasters against each other: asked at the beginning of every epoch what its mean and busiest minute will be.
 
-All but the product's get the same learned reserve as it has (``solver.load_correction.Reserve``), so that means are
-compared and not margins. Forecasts know the minutes before, nothing else; the first days teach and do not count.
+All but the product's get the same learned reserve as it has (``solver.load_correction.Reserve``), which is told the
+same of the load's unrest, so that means are compared and not margins. Forecasts know the minutes before, nothing else;
+the first days teach and do not count.
 """
 
 import math
@@ -19,6 +20,7 @@ from solver.forecast import SlotForecaster
 from solver.load_correction import Reserve
 from solver.load_history import DAY, SLOT_S, LoadHistory
 from solver.load_promises import ForecastSettings
+from solver.recent_load import SMALLEST_RPS, log_rate
 
 MINUTE_S = 60.0
 PER_SLOT = 5
@@ -51,72 +53,90 @@ def minutes_of(workload: Workload) -> Any:
     return out[: count // PER_SLOT * PER_SLOT]
 
 
-def contest(minutes: Any, starts_unix_s: float) -> list[LoadRow]:
-    """All of them on all classes together, five minutes ahead."""
-    slots = minutes.sum(axis=1).reshape(-1, PER_SLOT) / MINUTE_S
-    templates = _templates(slots.mean(axis=1), starts_unix_s)
-    means = {
-        "last value": _shifted(slots.mean(axis=1)),
-        "last minute": _shifted(slots[:, -1]),
-        "EWMA 0.3": _ewma(slots.mean(axis=1), 0.3),
-        "EWMA 0.6": _ewma(slots.mean(axis=1), 0.6),
-        "template alone": templates,
-    }
-    winters = _holt_winters(slots.mean(axis=1))
-    if winters is not None:
-        means["Holt-Winters"] = winters
-    means[BOUND] = slots.mean(axis=1)
-    rows = [_row(name, mean, _reserved(mean, slots), slots) for name, mean in means.items()]
-    forecasts = product(minutes, starts_unix_s, SLOT_S)
-    return [*rows, _row("product", forecasts[:, 0].sum(axis=1), forecasts[:, 1].sum(axis=1), slots)]
+def contest(minutes: Any, starts_unix_s: float, horizon_s: float = SLOT_S, winters: bool = True) -> list[LoadRow]:
+    """All of them on all classes together. Epochs of this length, one begins every five minutes."""
+    unrest, forecasts = product(minutes, starts_unix_s, horizon_s)
+    epochs = epochs_of(minutes, horizon_s)
+    rows = rivals(minutes, starts_unix_s, horizon_s, unrest, winters)
+    return [*rows, _row("product", forecasts[:, 0].sum(axis=1), forecasts[:, 1].sum(axis=1), epochs)]
 
 
-def by_class(minutes: Any, starts_unix_s: float, groups: Any) -> list[LoadRow]:
-    """The product's, each group of classes with a reserve of its own."""
-    forecasts = product(minutes, starts_unix_s, SLOT_S, groups)
+def by_class(minutes: Any, starts_unix_s: float, groups: Any) -> list[dict[str, Any]]:
+    """The product's, each group of classes with a reserve of its own, and what the best rival would have left."""
+    unrest, forecasts = product(minutes, starts_unix_s, SLOT_S, groups)
     rows = []
     for group in range(int(groups.max()) + 1):
         inside = groups == group
-        slots = minutes[:, inside].sum(axis=1).reshape(-1, PER_SLOT) / MINUTE_S
-        if slots.mean() * MINUTE_S >= 1.0:
+        epochs = epochs_of(minutes[:, inside], SLOT_S)
+        if epochs.mean() * MINUTE_S >= 1.0:
             mean, reserve = forecasts[:, 0, inside].sum(axis=1), forecasts[:, 1, inside].sum(axis=1)
-            rows.append(_row(str(group), mean, reserve, slots))
+            row = asdict(_row(str(group), mean, reserve, epochs))
+            rows.append(row | best_of(rivals(minutes[:, inside], starts_unix_s, SLOT_S, unrest, winters=False)))
     return rows
+
+
+def best_of(rows: Sequence[LoadRow]) -> dict[str, Any]:
+    """The rival of the least pinball loss, and what a true mean would have left."""
+    best = min((row for row in rows if row.name not in (BOUND, "product")), key=lambda row: row.pinball)
+    bound = next(row for row in rows if row.name == BOUND)
+    return {"best": best.name, "best_over": best.over, "best_pinball": best.pinball, "bound_over": bound.over}
+
+
+def rivals(minutes: Any, starts_unix_s: float, horizon_s: float, unrest: Any, winters: bool) -> list[LoadRow]:
+    """What simpler forecasters say of the series as a whole; the last knows the mean."""
+    epochs, slots = epochs_of(minutes, horizon_s), epochs_of(minutes, SLOT_S)
+    count, steps = len(epochs), round(horizon_s / SLOT_S)
+    rates = slots.mean(axis=1)
+    means = {
+        "last value": _shifted(rates),
+        "last minute": _shifted(slots[:, -1]),
+        "EWMA 0.3": _ewma(rates, 0.3),
+        "EWMA 0.6": _ewma(rates, 0.6),
+        "template alone": _templates(rates, starts_unix_s, steps),
+    }
+    seasonal = _holt_winters(rates, steps) if winters else None
+    if seasonal is not None:
+        means["Holt-Winters"] = seasonal
+    means[BOUND] = epochs.mean(axis=1)
+    return [
+        _row(name, mean[:count], _reserved(mean[:count], epochs, unrest[:count], steps), epochs)
+        for name, mean in means.items()
+    ]
+
+
+def epochs_of(minutes: Any, horizon_s: float) -> Any:
+    """(epochs, minutes) requests/s of all classes; an epoch begins every five minutes."""
+    total, count = minutes.sum(axis=1) / MINUTE_S, round(horizon_s / MINUTE_S)
+    return np.lib.stride_tricks.sliding_window_view(total, count)[::PER_SLOT]
 
 
 def product(
     minutes: Any, starts_unix_s: float, horizon_s: float, groups: Any = None, quantile: float | None = None
-) -> Any:
-    """(slots, 2, 9) mean and reserve that the product's forecaster states at the beginning of every slot."""
+) -> tuple[Any, Any]:
+    """What the product's forecaster sees of unrest, and states at the beginning of every epoch.
+
+    (epochs, 3), and (epochs, 2, 9): mean and reserve.
+    """
     settings = ForecastSettings() if quantile is None else ForecastSettings(quantile=quantile)
     forecaster = SlotForecaster(9, settings, LoadHistory(starts_unix_s), groups)
-    nothing, out = np.zeros(9), np.zeros((len(minutes) // PER_SLOT, 2, 9))
+    nothing, count = np.zeros(9), len(epochs_of(minutes, horizon_s))
+    unrest, out = np.zeros((count, 3)), np.zeros((count, 2, 9))
     for minute, requests in enumerate(minutes):
-        if minute % PER_SLOT == 0:
+        epoch = minute // PER_SLOT
+        if minute % PER_SLOT == 0 and 0 < epoch < count:
+            unrest[epoch] = forecaster.look(minute * MINUTE_S, horizon_s)[0].unrest
             forecast = forecaster.forecast(minute * MINUTE_S, horizon_s)
-            out[minute // PER_SLOT] = forecast.mean_rps, forecast.reserve_rps
+            out[epoch] = forecast.mean_rps, forecast.reserve_rps
         forecaster.observe((minute + 1) * MINUTE_S, Demand(MINUTE_S, requests, nothing, nothing, nothing))
-    return out
-
-
-def ahead(minutes: Any, starts_unix_s: float, horizon_s: float) -> LoadRow:
-    """The product's over a longer epoch: the mean and the busiest minute of all of it."""
-    forecasts = product(minutes, starts_unix_s, horizon_s)
-    count = round(horizon_s / MINUTE_S)
-    total = minutes.sum(axis=1) / MINUTE_S
-    begins = range(0, len(total) - count + 1, PER_SLOT)
-    epochs = np.array([total[begin : begin + count] for begin in begins])
-    sums = forecasts[: len(epochs)].sum(axis=2)
-    return _row(f"{horizon_s / 60:.0f} min", sums[:, 0], sums[:, 1], epochs)
+    return unrest, out
 
 
 def pinballs(minutes: Any, starts_unix_s: float) -> dict[float, float]:
     """Pinball loss of the busiest minute at several quantiles, over the mean rate."""
-    slots = minutes.sum(axis=1).reshape(-1, PER_SLOT) / MINUTE_S
-    losses = {}
+    epochs, losses = epochs_of(minutes, SLOT_S), {}
     for level in LEVELS:
-        reserve = product(minutes, starts_unix_s, SLOT_S, quantile=level)[:, 1].sum(axis=1)
-        losses[level] = _pinball(slots, reserve, level)
+        _, forecasts = product(minutes, starts_unix_s, SLOT_S, quantile=level)
+        losses[level] = _pinball(epochs, forecasts[:, 1].sum(axis=1), level)
     return losses
 
 
@@ -144,14 +164,16 @@ def _pinball(slots: Any, reserve: Any, level: float) -> float:
     return float(np.where(short > 0.0, level * short, (level - 1.0) * short).mean() / slots[scored].mean())
 
 
-def _reserved(mean: Any, slots: Any) -> Any:
+def _reserved(mean: Any, epochs: Any, unrest: Any, steps: int) -> Any:
+    """The product's reserve on somebody's mean; it learns from an epoch when that is over, ``steps`` epochs later."""
     settings = ForecastSettings()
     reserve = Reserve(settings.quantile, math.log1p(settings.least_reserve), settings.guess_weight)
-    out = np.zeros(len(mean))
-    for i, peak in enumerate(slots.max(axis=1)):
-        out[i] = mean[i] * math.exp(reserve.factor_log())
-        if mean[i] > 0.0 and peak > 0.0:
-            reserve.learn(math.log(peak / mean[i]), bool(peak <= out[i]))
+    out, peaks = np.zeros(len(mean)), epochs.max(axis=1)
+    for i in range(len(mean)):
+        if (due := i - steps) >= 0 and mean[due] > 0.0:
+            excess = log_rate(float(peaks[due])) - log_rate(float(mean[due]))
+            reserve.learn(excess, bool(peaks[due] <= out[due]), unrest[due])
+        out[i] = max((mean[i] + SMALLEST_RPS) * math.exp(reserve.factor_log(unrest[i])) - SMALLEST_RPS, mean[i])
     return out
 
 
@@ -167,20 +189,21 @@ def _ewma(values: Any, share: float) -> Any:
     return out
 
 
-def _templates(rates: Any, starts_unix_s: float) -> Any:
+def _templates(rates: Any, starts_unix_s: float, steps: int) -> Any:
     """What the history alone says; the last value while it says nothing."""
     history, out, last = LoadHistory(starts_unix_s), np.zeros(len(rates)), float(rates[0])
     zero = np.zeros(1)
     for i, rate in enumerate(rates):
-        template = history.template(history.slot_of(i * SLOT_S + 1.0))
-        out[i] = last if template is None else template
+        slot = history.slot_of(i * SLOT_S + 1.0)
+        known = [told for n in range(steps) if (told := history.template(slot + n)) is not None]
+        out[i] = sum(known) / len(known) if known else last
         last = float(rate)
         history.observe((i + 1) * SLOT_S, Demand(SLOT_S, np.array([rate * SLOT_S]), zero, zero, zero))
     return out
 
 
-def _holt_winters(rates: Any) -> Any:
-    """statsmodels': fitted to the logarithms of the days that teach, then run one step ahead; None without it."""
+def _holt_winters(rates: Any, steps: int) -> Any:
+    """statsmodels': fitted to the logarithms of the days that teach, then run; None without it."""
     try:
         from statsmodels.tsa.holtwinters import ExponentialSmoothing
     except ImportError:
@@ -197,7 +220,8 @@ def _holt_winters(rates: Any) -> Any:
     seasons, out = list(p["initial_seasons"]), np.zeros(len(logs))
     for i, value in enumerate(logs):
         season, drift = seasons[i % DAY], phi * trend
-        out[i] = math.exp(level + drift + season)
+        drifts = np.cumsum(phi ** np.arange(1, steps + 1)) * trend
+        out[i] = np.exp(level + drifts + [seasons[(i + n) % DAY] for n in range(steps)]).mean()
         new_level = alpha * (value - season) + (1 - alpha) * (level + drift)
         seasons[i % DAY] = gamma * (value - level - drift) + (1 - gamma) * season
         trend = beta * (new_level - level) + (1 - beta) * drift

@@ -119,9 +119,9 @@ def loads() -> Iterator[dict[str, Any]]:
         pools = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1])  # those of the policy dynamollm
         tables[trace] = {
             "rows": rows,
-            "pools": load_contest.as_rows(load_contest.by_class(minutes, starts_s, pools)),
-            "classes": load_contest.as_rows(load_contest.by_class(minutes, starts_s, np.arange(9))),
-            "half an hour": load_contest.as_rows([load_contest.ahead(minutes, starts_s, 1800.0)]),
+            "pools": load_contest.by_class(minutes, starts_s, pools),
+            "classes": load_contest.by_class(minutes, starts_s, np.arange(9)),
+            "half an hour": load_contest.as_rows(load_contest.contest(minutes, starts_s, 1800.0)),
             "pinball": {str(level): loss for level, loss in load_contest.pinballs(minutes, starts_s).items()},
         }
         for title, table in tables[trace].items():
@@ -206,7 +206,7 @@ def _plot(minutes: Any, starts_s: float, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    forecasts = load_contest.product(minutes, starts_s, 300.0).sum(axis=2)
+    forecasts = load_contest.product(minutes, starts_s, 300.0)[1].sum(axis=2)
     days = np.arange(len(forecasts)) / DAY
     shown = slice(load_contest.TAUGHT_DAYS * DAY, (load_contest.TAUGHT_DAYS + 1) * DAY)
     peaks = minutes.sum(axis=1).reshape(-1, load_contest.PER_SLOT).max(axis=1) / load_contest.MINUTE_S
