@@ -19,8 +19,8 @@ def test_a_gateway_that_is_killed_and_started_again_adopts_its_engines(cluster):
         all_run(*cluster.engines)
         cluster.stop(signal.SIGKILL)
 
-    seen = together(cluster, STREAMS, 300, kill, lost=True)  # their clients have lost them with the gateway
-    assert not any(finished(s, 300) for s in seen if s is not None)
+    seen = together(cluster, STREAMS, 2000, kill, lost=True)  # their clients have lost them with the gateway
+    assert not any(finished(s, 2000) for s in seen if s is not None)
     assert cluster.engine_processes() == engines
     for engine in cluster.engines:
         eventually(lambda engine=engine: engine.running == 0, "their requests went with the gateway")

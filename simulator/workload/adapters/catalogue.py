@@ -7,6 +7,7 @@
 | servegen-week, -day | ServeGen m-large, 162 clients, 7 days (or the second) | yes |
 | vidur-arxiv | Poisson, 1 request/s for an hour, lengths of arXiv summaries | yes |
 | poisson-low, -medium, -high | Poisson for an hour, conversation lengths (see ``POISSON_RATES_RPS``) | no |
+| surge | a busy time between two quiet ones, nine minutes, conversation lengths (see ``SURGE``) | no |
 | synthetic-conv, -code | Azure 2023's statistics, one hour | no |
 | synthetic-week, -day | Azure 2024 code's statistics, a week (or its Tuesday) | no |
 """
@@ -14,6 +15,8 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from simulator.workload.adapters.azure import COLUMNS as AZURE_COLUMNS
 from simulator.workload.adapters.azure import azure_trace
@@ -26,7 +29,7 @@ from simulator.workload.adapters.text import numbered_lines, row_error
 from simulator.workload.adapters.vidur import COLUMNS as VIDUR_COLUMNS
 from simulator.workload.adapters.vidur import vidur_lengths
 from simulator.workload.arrivals import Workload, WorkloadError
-from simulator.workload.generated import poisson
+from simulator.workload.generated import RateCurve, generated, poisson
 from simulator.workload.transform import scaled, window
 
 HOUR_S = 3600.0
@@ -34,6 +37,8 @@ DAY_S = 86_400.0
 # Named after the paper's experiment, whose rates are not reported: a third, two thirds and the whole of the busiest
 # five minutes of the Azure 2023 conversation hour.
 POISSON_RATES_RPS = {"low": 7.46 / 3, "medium": 7.46 * 2 / 3, "high": 7.46}
+SURGE = ((180.0, 1.0), (150.0, 8.0), (210.0, 1.0))
+"""(seconds, requests/s): a demonstration in which few instances have to be more and fewer again. Ours, of no source."""
 _TUESDAY_2024 = 4 * DAY_S  # the curve begins on Friday, 10 May 2024
 _SERVEGEN = "traces/servegen_m-large_days0-6.tar.zst"
 
@@ -64,6 +69,12 @@ def _poisson(load: str, seed: int, rate_scale: float) -> Workload:
     return poisson(rate_rps, HOUR_S, published("synthetic-conv").lengths(), seed, f"poisson-{load}")
 
 
+def _surge(seed: int, rate_scale: float) -> Workload:
+    slot_s, rates_rps = np.array(SURGE).T
+    curve = RateCurve(rates_rps * rate_scale, slot_s)
+    return generated("surge", curve, published("synthetic-conv").lengths(), seed)
+
+
 def _synthetic(kind: str, seed: int, rate_scale: float) -> Workload:
     return published(f"synthetic-{kind}").workload(seed, rate_scale)
 
@@ -83,6 +94,7 @@ NAMED: dict[str, Maker] = {
     "poisson-low": partial(_poisson, "low"),
     "poisson-medium": partial(_poisson, "medium"),
     "poisson-high": partial(_poisson, "high"),
+    "surge": _surge,
     "synthetic-conv": partial(_synthetic, "conv"),
     "synthetic-code": partial(_synthetic, "code"),
     "synthetic-week": partial(_synthetic, "week"),

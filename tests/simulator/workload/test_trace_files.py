@@ -135,6 +135,13 @@ def test_a_trace_file_is_scaled_by_seed(tmp_path):
     assert open_workload(str(path), 1, 3.0).expected_requests == 1200
 
 
+def test_the_surge_is_busy_between_two_quiet_times():
+    times_s = open_workload("surge", 0, 4.0).collect().arrival_s
+    counts = [np.count_nonzero((times_s >= a) & (times_s < b)) for a, b in ((0, 180), (180, 330), (330, 540))]
+    assert counts == [pytest.approx(n, rel=0.15) for n in (4 * 180, 4 * 8 * 150, 4 * 210)]
+    assert times_s.max() < 540.0
+
+
 def test_poisson_loads_need_no_file():
     for load, rate_rps in POISSON_RATES_RPS.items():
         assert open_workload(f"poisson-{load}", 0, 2.0).mean_rate_rps == pytest.approx(2 * rate_rps)
@@ -294,7 +301,7 @@ def test_the_public_servegen_clients():
 def test_every_name_makes_its_workload_or_says_which_file_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(location.os.environ, location.VARIABLE, str(tmp_path))
     for name, make in NAMED.items():
-        if name.startswith(("poisson", "synthetic")):
+        if name.startswith(("poisson", "synthetic", "surge")):
             assert make(0, 0.01).expected_requests > 0
         else:
             with pytest.raises(WorkloadError, match=str(tmp_path)):
