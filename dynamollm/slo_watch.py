@@ -27,7 +27,9 @@ class SloWatch:
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Take in how a request ended."""
-        if outcome.instance_id is not None and (share := tbt_share(outcome)) is not None:
+        if outcome.instance_id is None or not outcome.fields.stream:
+            return
+        if (share := tbt_share(outcome)) is not None:
             request, first_token_s = outcome.request, outcome.first_token_s or 0.0
             in_ttft = first_token_s - request.arrival_s <= request.slo.ttft_s
             self._on_share(outcome.instance_id, share, int(share > 1.0 and in_ttft))

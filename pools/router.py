@@ -100,14 +100,15 @@ class Router:
             path.totals.arrived += 1
             path.totals.input_tokens += request.input_tokens
         if not (self.queue.depth and self._others_first(request)):
-            i = self._find(path, request, now_s, exclude)
+            i = self._find_on_time(path, request, now_s, exclude)
+            if i == scoring.NONE or request.prefix is not None:
+                i = self._find_else(i, path, request, now_s, exclude)
             if i != scoring.NONE:
                 return self.fleet.sent(i, request, now_s)
         return self._wait(path, request, now_s, exclude)
 
-    def _find(self, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
-        """The best instance that keeps the SLO; if none could even when empty, the one least late."""
-        i = self._find_on_time(path, request, now_s, exclude)
+    def _find_else(self, i: int, path: Path, request: Request, now_s: float, exclude: frozenset[str]) -> int:
+        """One better than ``i`` for its prefix; where none would keep the SLO even if empty, the one least late."""
         if request.prefix is not None:
             i = self._nearest_prefix(i, request.prefix, path, request, now_s, exclude)
         if i == scoring.NONE and self._hopeless(path, request, now_s):
@@ -255,7 +256,8 @@ class Router:
         request = waiting.request
         path = self._paths[request.model][request.request_class]
         if whole:
-            return self._find(path, request, now_s, waiting.exclude)
+            i = self._find_on_time(path, request, now_s, waiting.exclude)
+            return self._find_else(i, path, request, now_s, waiting.exclude)
         fleet, (spread, margin) = self.fleet, self.limits.weights
         fleet.settle()
         slo = request.slo

@@ -61,23 +61,11 @@ class _TooLongToCount(Exception):
     """Raised where the text is wanted, to be caught where the count was."""
 
 
-class _Text:
-    """A body's prompt text, read when called; or not, where counting it would hold up the others."""
-
-    __slots__ = ("_body", "_path")
-
-    def __init__(self, path: bytes, body: bytes) -> None:
-        self._path = path
-        self._body = body
-
-    def __call__(self) -> str | Messages:
-        if len(self._body) > _COUNTED_AT_ONCE_BYTES:
-            raise _TooLongToCount
-        return self.read()
-
-    def read(self) -> str | Messages:
-        """The text, however long."""
-        return prompt_of(self._path, self._body)
+def _short_prompt_of(path: bytes, body: bytes) -> str | Messages:
+    """A body's prompt text, but not where counting it would hold up the others."""
+    if len(body) > _COUNTED_AT_ONCE_BYTES:
+        raise _TooLongToCount
+    return prompt_of(path, body)
 
 
 def is_known(keys: tuple[bytes, ...], authorization: bytes | None) -> bool:
@@ -148,12 +136,11 @@ class Admission:
         if input_tokens is None:
             input_tokens = fields.input_tokens
         if input_tokens is None:
-            text = _Text(path, body)
             count = self._services.tokens.count
             try:
-                input_tokens = count(model, fields.size, text).tokens
+                input_tokens = count(model, fields.size, partial(_short_prompt_of, path, body)).tokens
             except _TooLongToCount:
-                return Undecided(partial(count, model, fields.size, text.read))
+                return Undecided(partial(count, model, fields.size, partial(prompt_of, path, body)))
         prefix = prefix_of(model, body, PROMPT_KEYS[path]) if self._settings.prefix_affinity else None
         request = self._request(fields, terms, request_id, now_s, model, input_tokens, prefix)
         sent_body, usage_injected = self._forwarded(body, fields, request.priority)
