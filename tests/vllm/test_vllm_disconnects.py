@@ -1,7 +1,8 @@
 """A client that goes away frees the engine: seen in vLLM's own gauges, whatever the client was waiting for.
 
 Two things take time: the gateway, until it closes its connection to the engine (the kernel tells), and vLLM, until it
-has noticed and a scrape says so. The first is ours, and bounded here on any machine; the sum has 200 ms on a quiet one.
+has noticed and a scrape says so. The first is ours, and bounded here; the second takes what the engine's next step and
+a scrape take on this machine, and is told (docs/fidelity.md).
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import msgspec
 import pytest
 from vllm_cluster import SEQUENCES, eventually
 
-ABORTED_WITHIN_S = 0.2  # ours in the median, for the machine may be busy with other things; all of it at best
+ABORTED_WITHIN_S = 0.2  # ours, in the median, for the machine may be busy with other things
 TRIES = 5
 ESTABLISHED = "01"
 
@@ -70,7 +71,6 @@ def check_aborts(what: str, cluster, body: dict[str, object], begun: Callable, d
     for whose, took_s in (("the gateway", ours_s), ("vLLM and its gauge", vllms_s), ("in all", whole_s)):
         print(f"{what}, {whose}: median {statistics.median(took_s) * 1e3:.0f} ms, worst {max(took_s) * 1e3:.0f} ms")
     assert statistics.median(ours_s) < ABORTED_WITHIN_S, ours_s
-    assert min(whole_s) < ABORTED_WITHIN_S, whole_s
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "not streaming"])
