@@ -10,7 +10,8 @@ are long beside what the host itself needs.
 emulated HTTP instances, and on three real vLLM servers with emulated devices. Asked for: TTFT P50 within 10 %, mean TBT
 within 5 %.
 
-Results are written to ``benchmarks/results/vllm_fidelity_*.json``. Both want a machine of their own.
+Results are written to ``benchmarks/results/vllm_fidelity_*.json``. Both want a machine of their own, and a vLLM in
+``DYNAMOLLM_VLLM`` (else ``.venv-vllm``); the slice is of the trace in ``$DYNAMOLLM_DATA`` (else ``../shared/data``).
 """
 
 import argparse
@@ -203,6 +204,7 @@ def run_predict(given: argparse.Namespace) -> dict[str, Any]:
     if not given.resume:
         (folder / "sweep.csv").unlink(missing_ok=True)
     results: dict[str, Any] = {}
+    open_workload("azure-conv")  # a file that is missing is told before the sweep, not after it
     with device_server() if given.device else cpu_server(given.port) as url:
         profile = fitted(url, given.device, folder)
         tp = profile.tensor_parallel[0]
