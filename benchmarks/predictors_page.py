@@ -47,6 +47,14 @@ LOADS = (
     Column("over", "over %", 100.0, 1, -1),
     Column("pinball", "pinball at 0.955, % of the mean", 100.0, 3, -1),
 )
+PARTS = (
+    *LOADS,
+    Column("best", "best rival", 1.0, 0),
+    Column("best_over", "its over %", 100.0, 1),
+    Column("best_pinball", "its pinball", 100.0, 3),
+    Column("bound_over", "true mean's over %", 100.0, 1),
+)
+TOGETHER = (Column("loss_j", "loss J", 1.0, 1, -1), Column("error_tokens", "mean abs. error, tokens", 1.0, 1, -1))
 
 
 def write_page(results: Path, page: Path) -> None:
@@ -55,9 +63,11 @@ def write_page(results: Path, page: Path) -> None:
     text = NOTES.read_text(encoding="utf-8")
     for kind in SETS:
         text = text.replace(f"@@{kind}@@", _contest(lengths[kind], LENGTHS))
+    text = text.replace("@@together@@", _together([lengths[kind] for kind in SETS]))
     for trace, mark in (("azure-2024-code-week", "code"), ("servegen-week", "servegen")):
         text = text.replace(f"@@{mark}@@", _contest(loads[trace]["rows"], LOADS))
         text = text.replace(f"@@{mark} parts@@", _parts(loads[trace]))
+        text = text.replace(f"@@{mark} half an hour@@", _contest(loads[trace]["half an hour"], LOADS))
     text = text.replace("@@simulated@@", _runs(runs["conv-1h"]))
     commits = ", ".join(f"{part} {doc['commit']}" for part, doc in (("lengths", lengths), ("loads", loads)))
     write_whole(page, text.replace("@@commits@@", f"{commits}, simulated {runs['commit']}"))
@@ -83,7 +93,9 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: float, column: Column) -> str:
+def _cell(value: float | str, column: Column) -> str:
+    if isinstance(value, str):
+        return value
     return "" if value != value else f"{column.scale * value:.{column.digits}f}"
 
 
@@ -103,16 +115,28 @@ def _beaten(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str
     return "; ".join(said) or "none, in no column that compares"
 
 
+def _together(sets: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """Means over the sets, each of the same weight, of who was measured on all of them."""
+    by_name = [{row["name"]: row for row in rows} for rows in sets]
+    everywhere = [name for name in by_name[0] if all(name in rows for rows in by_name)]
+    return _table(
+        [
+            {"name": name, **{c.key: _mean([rows[name][c.key] for rows in by_name]) for c in TOGETHER}}
+            for name in everywhere
+        ],
+        TOGETHER,
+    )
+
+
 def _parts(table: Mapping[str, Any]) -> str:
-    """The product by pool, by class and half an hour ahead, and its pinball losses."""
+    """The product by pool and by class beside the best rival of each, and its pinball losses."""
     pools = [
         {**row, "name": f"pool {('of inputs to 1,024', 'of longer inputs')[int(row['name'])]}"}
         for row in table["pools"]
     ]
     classes = [{**row, "name": f"class {RequestClass(int(row['name'])).name}"} for row in table["classes"]]
     losses = ", ".join(f"{100.0 * loss:.2f} at {level}" for level, loss in table["pinball"].items())
-    rows = [*pools, *classes, *({**row, "name": "30 min ahead"} for row in table["half an hour"])]
-    return f"{_table(rows, LOADS)}\n\nPinball losses of the product, % of the mean rate: {losses}."
+    return f"{_table([*pools, *classes], PARTS)}\n\nPinball losses of the product, % of the mean rate: {losses}."
 
 
 def _runs(rows: Sequence[Mapping[str, Any]]) -> str:
