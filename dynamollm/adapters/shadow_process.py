@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dynamollm.counterfactual import ShadowLostError
 from simulator.workload.arrivals import Arrivals
-from solver.adapters.background import step_back
+from solver.adapters.background import end, step_back
 
 if TYPE_CHECKING:
     from simulator.shadow import Shadows, World
@@ -43,7 +43,7 @@ class ShadowProcess:
         """End the process."""
         pool, self._pool = self._pool, None
         if pool is not None:
-            await asyncio.to_thread(pool.shutdown, wait=True, cancel_futures=True)
+            await asyncio.to_thread(end, pool)
 
 
 def _begin(worlds: "Mapping[str, World]") -> None:

@@ -9,6 +9,7 @@ others. What was measured stands in docs/live-control.md.
 """
 
 import os
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 
 LOWEST_PRIORITY = 19
@@ -20,3 +21,13 @@ def step_back() -> None:
     if hasattr(os, "SCHED_IDLE"):
         with suppress(PermissionError):  # a container may forbid it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def end(pool: ProcessPoolExecutor) -> None:
+    """End a pool's processes at once and let go of it; blocks until they are gone.
+
+    Who has stepped back may be long about what it is at, and nobody wants it any more.
+    """
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=True, cancel_futures=True)

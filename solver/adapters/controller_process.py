@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from solver.adapters.background import step_back
+from solver.adapters.background import end, step_back
 from solver.control import Controller, ControllerLostError, Effects, Observation, Tick
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class ControllerProcess:
         pool, self._pool = self._pool, None
         self._used = False
         if pool is not None:
-            await asyncio.to_thread(pool.shutdown, wait=True, cancel_futures=True)
+            await asyncio.to_thread(end, pool)
 
 
 def _prepare() -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import multiprocessing
 import os
+import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -14,11 +16,27 @@ from dynamollm.counterfactual import OWN
 from dynamollm.shadow_wiring import ShadowWorld
 from simulator.workload.arrivals import Arrivals
 from solver.adapters import background
-from solver.adapters.background import LOWEST_PRIORITY, step_back
+from solver.adapters.background import LOWEST_PRIORITY, end, step_back
 from solver.adapters.controller_process import LOADING_PRIORITY, ControllerProcess
-from solver.control import Effects, Level, Tick
+from solver.control import ControllerLostError, Effects, Level, Tick
 
 linux = pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="SCHED_IDLE is of Linux")
+
+
+class Slow:
+    """A controller that says that it has begun, and is not done before the test is."""
+
+    def __init__(self, path: str, epoch: int) -> None:
+        self._path = path
+
+    def first_tick(self, now_s: float) -> Tick:
+        return Tick(now_s, Level.INSTANCE)
+
+    def on_tick(self, tick: Tick, observation: object) -> Effects:
+        with open(self._path, "w") as begun:
+            begun.write("begun")
+        time.sleep(600.0)
+        return Effects((), tick)
 
 
 class Telling:
@@ -129,3 +147,32 @@ def test_shadows_simulate_when_nobody_else_wants_the_core():
         await shadows.close()
 
     asyncio.run(main())
+
+
+def test_a_solve_that_nobody_wants_any_more_is_not_waited_for(tmp_path):
+    begun = tmp_path / "begun"
+
+    async def main() -> int:
+        process = ControllerProcess(partial(Slow, str(begun)))
+        tick = await process.first_tick(0.0)
+        (child,) = process._pool._processes
+        solving = asyncio.create_task(process.on_tick(tick, None))
+        while not begun.exists():  # noqa: ASYNC110 - another process makes it
+            await asyncio.sleep(0.01)
+        began_s = time.monotonic()
+        await process.close()
+        assert time.monotonic() - began_s < 300.0, "half of what the solve takes"
+        with pytest.raises(ControllerLostError):
+            await solving
+        return child
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(asyncio.run(main()), 0)
+
+
+def test_what_has_not_begun_ends_as_well():
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    end(pool)
+    end(pool)
+    with pytest.raises(RuntimeError):
+        pool.submit(os.getpid)
