@@ -206,13 +206,14 @@ def time_clocks(table: CapacityTable, instances: int, calls: int) -> float:
     rng = np.random.default_rng(0)
     pools = [PoolView(k.name, "m", k) for k in BY_PREFILL]
     chooser = ClockChooser({"m": table}, pools)
+    nobody = np.zeros(CLASSES)  # waits in the gateway
     tp = rng.choice(table.tps, instances).tolist()
     pool = rng.integers(0, len(pools), instances).tolist()
     times = []
     for _ in range(calls):
         views = _instances(pool, tp, rng.uniform(0.2, 1.0, instances).tolist())
         began_s = perf_counter()
-        chooser.choose(5.0, views)
+        chooser.choose(5.0, views, nobody)
         times.append(perf_counter() - began_s)
     return float(np.median(times))
 

@@ -3,8 +3,11 @@
 The load of a pool is what its instances were given lately, each class counted in shares of what an instance could carry
 of it alone. The router spreads load by what instances do at their present clocks, so a clock chosen from the load of
 one instance would feed on itself: more clock, more load, more clock. Hence clocks are chosen for a pool together: all
-begin at the lowest and are raised, the cheapest gain in capacity first, until the load fits. Lowering needs room to
-spare. An instance that the router leaves nearly idle goes lower still.
+begin at the knee, the clock of the least energy a request, and are raised, the cheapest gain in capacity first, until
+the load fits. Lower clocks would save next to nothing, for below the knee of its voltage a GPU's work costs the same at
+every clock, and they make requests late, which is answered above the knee, where work is dear. Lowering needs room to
+spare. What waits in the gateway found no instance with room: it is to be served by the next tick beside what arrives,
+so clocks rise before anybody is late.
 
 The table knows classes alone. Mixed ones get on better or worse than their shares add up, so each pool's capacity is
 corrected by a factor learnt from the share of its requests that are late: down while it nears the 1 % that a P99
@@ -38,7 +41,6 @@ class ClockSettings:
     miss_memory_s: float = 20.0  # time constant of how often the SLO is missed
     tight: float = 0.4  # share of ticks with a miss above which an instance goes one step beyond its pool's
     broken: float = 0.7  # above which it goes to the top
-    idle_load: float = 0.5  # an instance goes down to the clock at which its own load is this share of its capacity
     late_memory_s: float = 60.0  # time constant of the share of late requests
     late_share: float = 0.006  # of a pool's requests, above which its capacity is taken to be lower
     spare_share: float = 0.003  # below which it is taken to be higher
@@ -71,25 +73,29 @@ class ClockChooser:
         self._settings = settings or ClockSettings()
         arrays = {model: _ModelArrays(table, sm_clocks_mhz) for model, table in tables.items()}
         self._arrays = [arrays[pool.model] for pool in pools]
+        self._members = [[p for p, pool in enumerate(pools) if pool.model == model] for model in tables]
         self._load_rps = np.zeros((len(pools), 9))
         self._weight = np.zeros(len(pools))
         self._factor = np.ones(len(pools))
         self._requests = np.zeros(len(pools))
         self._late = np.zeros(len(pools))
         self._stressed = np.zeros(len(pools), dtype=np.bool_)
-        self._own_rps = np.zeros((0, 9))
         self._ids: tuple[str, ...] = ()
         self._missed = np.zeros(0)
 
-    def choose(self, window_s: float, instances: InstanceViews) -> ClockChoice:
-        """The clock of every instance; those not READY keep theirs."""
+    def choose(self, window_s: float, instances: InstanceViews, queued: FloatArray) -> ClockChoice:
+        """The clock of every instance; those not READY keep theirs.
+
+        ``queued`` (9 x models,): requests that wait in the gateway, as in ``Demand``.
+        """
         self._follow(instances, window_s)
+        waiting_rps = self._waiting_rps(queued, window_s)
         clock = instances.sm_clock_mhz.copy()
         pool_load = np.zeros(len(self._arrays))
         ready = instances.state == READY
         for p, arrays in enumerate(self._arrays):
             mine = np.flatnonzero(ready & (instances.pool == p))
-            rate = self._load_rps[p] / max(float(self._weight[p]), 1e-9)
+            rate = self._load_rps[p] / max(float(self._weight[p]), 1e-9) + waiting_rps[p]
             if len(mine):
                 seen = mine[~np.isnan(instances.slo_slack[mine])]
                 given = float(instances.class_rate_rps[seen].sum()) * window_s
@@ -99,6 +105,18 @@ class ClockChooser:
             elif rate.any():
                 pool_load[p] = np.inf
         return ClockChoice(clock, self._factor.copy(), pool_load, self._missed)
+
+    def _waiting_rps(self, queued: FloatArray, window_s: float) -> FloatArray:
+        """(P, 9) what clears the gateway's queue in a window like the last; each pool takes its share of a class."""
+        rates = np.zeros_like(self._load_rps)
+        if not queued.any() or window_s <= 0.0:
+            return rates
+        for m, members in enumerate(self._members):
+            given = self._load_rps[members]
+            total = given.sum(axis=0)
+            share = np.divide(given, total, out=np.zeros_like(given), where=total > 0.0)
+            rates[members] = share * queued[9 * m : 9 * (m + 1)] / window_s
+        return rates
 
     def _learn(self, pool: int, window_s: float, requests: float, late: int) -> None:
         """Correct a pool's capacity by the share of late requests; ``late`` counts instances that had one."""
@@ -122,14 +140,12 @@ class ClockChooser:
             before = {name: i for i, name in enumerate(self._ids)}
             at = np.array([before.get(name, len(before)) for name in instances.ids], dtype=np.int64)
             self._missed = np.append(self._missed, 0.0)[at]
-            self._own_rps = np.vstack([self._own_rps, np.zeros(9)])[at]
             self._ids = instances.ids
         keep = float(np.exp(-window_s / settings.memory_s))
         seen = np.zeros_like(self._load_rps)
         np.add.at(seen, instances.pool, instances.class_rate_rps)
         self._load_rps = self._load_rps * keep + seen * (1.0 - keep)
         self._weight = self._weight * keep + (1.0 - keep)
-        self._own_rps = self._own_rps * keep + instances.class_rate_rps * (1.0 - keep)
         keep = float(np.exp(-window_s / settings.miss_memory_s))
         self._missed = self._missed * keep + (instances.slo_slack < 0.0) * (1.0 - keep)  # nan, none seen: no miss
 
@@ -148,9 +164,6 @@ class ClockChooser:
         cheaper = power_w[kind, wanted].sum() < power_w[kind, now].sum()
         if fit[kind, now].sum() * settings.ceiling < 1.0 or cheaper:
             step = wanted
-        own = np.einsum("nk,nck->nc", self._own_rps[mine], arrays.per_request[tp])  # (n, C) load by itself
-        enough = own <= settings.idle_load
-        step = np.where(enough.any(axis=1), np.minimum(step, enough.argmax(axis=1)), step)
         missed, top = self._missed[mine], fit.shape[1] - 1
         step = np.where(missed > settings.tight, np.minimum(step + 1, top), step)
         step = np.where(missed > settings.broken, top, step)
@@ -202,7 +215,12 @@ class _ModelArrays:
     """A capacity table as the chooser reads it. Axes: T, C, K = 9."""
 
     def __init__(self, table: CapacityTable, sm_clocks_mhz: tuple[int, ...] | None) -> None:
-        at = [i for i, clock in enumerate(table.sm_clocks_mhz) if sm_clocks_mhz is None or clock in sm_clocks_mhz]
+        knee_mhz = table.sm_clocks_mhz[_knee(table)]
+        at = [
+            i
+            for i, clock in enumerate(table.sm_clocks_mhz)
+            if (clock >= knee_mhz if sm_clocks_mhz is None else clock in sm_clocks_mhz)
+        ]
         self.tps = np.asarray(table.tps)
         self.clocks = np.asarray(table.sm_clocks_mhz, dtype=np.int64)[at]
         with np.errstate(divide="ignore"):
@@ -227,3 +245,11 @@ class _ModelArrays:
         if load.min(initial=np.inf) < LEAST_LOAD:
             return np.full(load.shape, 1.0 / LEAST_LOAD), self.idle_w[tp]
         return 1.0 / load, np.einsum("kcj,kcj->kc", shares, self.full_w[tp]) / load
+
+
+def _knee(table: CapacityTable) -> int:
+    """Position of the clock at which requests take the least energy: the median over TPs and classes."""
+    with np.errstate(divide="ignore"):
+        energy_j = np.where(table.max_rate > 0.0, table.power[..., -1] / table.max_rate, np.inf)
+    served = np.isfinite(energy_j).any(axis=1)
+    return int(np.median(energy_j.argmin(axis=1)[served])) if served.any() else 0

@@ -376,7 +376,7 @@ class PlanningController:
         notes: list[Diagnostic] = []
         clock = views.sm_clock_mhz
         if self._chooser is not None:
-            choice = self._chooser.choose(observation.demand.window_s, views)
+            choice = self._chooser.choose(observation.demand.window_s, views, observation.demand.queued)
             # a pool that misses its SLO while instances are on their way is short of them: no reason to plan for less
             # from each. One that has all that was planned and misses it still carries less than its table says.
             short = bool(np.any(views.state == STARTING))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,16 +8,24 @@ from small_tables import CLOCKS, nine_pools, one_pool, table, views
 
 from pools.classes import RequestClass
 from pools.instances import InstanceState
+from pools.view import PoolView
 from solver.clocks import ClockChooser, ClockSettings, _raise
 
 LL = RequestClass.LL
+NOBODY = np.zeros(9)  # waits in the gateway
 
 
-def run(chooser, rows, ticks=40):
+def waiting(count, request_class=LL, models=1, model=0):
+    queued = np.zeros(9 * models)
+    queued[9 * model + request_class] = count
+    return queued
+
+
+def run(chooser, rows, ticks=40, queued=NOBODY):
     """Ticks in which the instances take the clocks chosen; returns the last choice."""
     choice = None
     for _ in range(ticks):
-        choice = chooser.choose(5.0, views(rows))
+        choice = chooser.choose(5.0, views(rows), queued)
         for row, clock in zip(rows, choice.sm_clock_mhz, strict=True):
             row["clock"] = int(clock)
     return choice
@@ -50,20 +60,96 @@ def test_a_load_just_below_the_ceiling_does_not_make_clocks_swing():
 
 def test_a_pool_raises_as_few_instances_as_it_must():
     rows = [{"id": f"i{n}", "tp": 8, "clock": 800, "rate": {LL: 0.97 * full_rate(800)}} for n in range(4)]
-    chooser = ClockChooser({"m": table()}, one_pool(), ClockSettings(idle_load=0.0))
+    chooser = ClockChooser({"m": table()}, one_pool())
     clocks = run(chooser, rows).sm_clock_mhz
     assert 1 <= np.count_nonzero(clocks > 800) < 4
 
 
-def test_an_instance_left_idle_by_the_router_goes_down_though_its_pool_is_busy():
+def knee_table():
+    """A table with a knee at 1200 MHz: below it, work takes the same energy at every clock."""
+    t = table()
+    idle_w = np.array([190.0, 200.0, 215.0, 230.0])[None, :, None, None]
+    work_w = np.array([100.0, 100.0, 160.0, 220.0])[None, :, None, None]
+    at = CLOCKS.index(1200)
+    power = idle_w + work_w * np.asarray(t.loads) * (t.max_rate / t.max_rate[:, at : at + 1])[..., None]
+    return replace(t, power=power)
+
+
+@pytest.mark.parametrize("load", [0.0, 0.1, 0.9])
+def test_nobody_goes_below_the_knee_where_slower_work_saves_nothing(load):
+    row = {"id": "a", "tp": 8, "rate": {LL: load * full_rate(800)}}
+    assert run(ClockChooser({"m": knee_table()}, one_pool()), [row]).sm_clock_mhz.tolist() == [1200]
+
+
+def test_above_the_knee_the_clock_follows_the_load():
+    row = {"id": "a", "tp": 8, "rate": {LL: 1.1 * full_rate(1200)}}
+    assert run(ClockChooser({"m": knee_table()}, one_pool()), [row]).sm_clock_mhz[0] > 1200
+
+
+def test_a_policy_with_one_clock_keeps_it_below_the_knee():
+    row = {"id": "a", "tp": 8, "rate": {LL: 0.5 * full_rate(800)}}
+    assert run(ClockChooser({"m": knee_table()}, one_pool(), None, (800,)), [row]).sm_clock_mhz.tolist() == [800]
+
+
+def test_a_table_that_carries_nothing_has_no_knee():
+    t = table()
+    nothing = replace(t, max_rate=np.zeros_like(t.max_rate))
+    assert run(ClockChooser({"m": nothing}, one_pool()), [{"id": "a", "tp": 8}]).sm_clock_mhz.tolist() == [800]
+
+
+def test_what_waits_in_the_gateway_raises_clocks_before_anybody_is_late():
+    chooser = ClockChooser({"m": table()}, one_pool())
+    row = {"id": "a", "tp": 8, "rate": {LL: 0.5 * full_rate(800)}, "slack": 0.5}
+    assert run(chooser, [row]).sm_clock_mhz.tolist() == [800]
+    backlog = 5.0 * (full_rate(1980) - 0.5 * full_rate(800))  # what the highest clock clears in a tick
+    assert run(chooser, [row], 1, waiting(0.8 * backlog)).sm_clock_mhz[0] == 1980
+    assert run(chooser, [row], 1).sm_clock_mhz.tolist() == [800]  # gone: nothing of it is remembered
+
+
+def test_more_than_can_be_cleared_shows_as_a_load_beyond_capacity():
+    chooser = ClockChooser({"m": table()}, one_pool())
+    row = {"id": "a", "tp": 8, "rate": {LL: 0.5 * full_rate(800)}}
+    run(chooser, [row])
+    choice = run(chooser, [row], 1, waiting(10.0 * full_rate(1980)))
+    assert choice.sm_clock_mhz.tolist() == [1980]
+    assert choice.pool_load[0] > 1.5
+
+
+def test_each_pool_clears_its_share_of_what_waits():
+    pools = tuple(PoolView(name, "m", LL) for name in ("much", "little", "none"))
+    rates = (0.6, 0.2, 0.0)
     rows = [
-        {"id": "busy", "tp": 8, "rate": {LL: 1.0 * full_rate(1980)}},
-        {"id": "idle", "tp": 8, "rate": {LL: 0.02 * full_rate(800)}},
+        {"id": pool.name, "pool": p, "tp": 8, "rate": {LL: rate * full_rate(800)}}
+        for p, (pool, rate) in enumerate(zip(pools, rates, strict=True))
     ]
-    chooser = ClockChooser({"m": table()}, one_pool(), ClockSettings(ceiling=0.9, target=0.8))
-    clocks = run(chooser, rows).sm_clock_mhz
-    assert clocks[1] == 800
-    assert clocks[0] > 800
+    chooser = ClockChooser({"m": table()}, pools)
+    before = run(chooser, rows)
+    after = run(chooser, rows, 1, waiting(5.0 * 0.6 * full_rate(800)))
+    assert after.sm_clock_mhz[0] > 800  # 0.6 + 0.45 of what the lowest clock carries
+    assert after.sm_clock_mhz.tolist()[1:] == [800, 800]  # 0.2 + 0.15, and nothing
+    assert after.pool_load[1] > before.pool_load[1]
+    assert after.pool_load[2] == before.pool_load[2]
+
+
+def test_what_waits_for_one_model_raises_no_clock_of_another():
+    pools = one_pool("m") + one_pool("n")
+    rows = [
+        {"id": name, "pool": p, "tp": 8, "rate": {LL: 0.5 * full_rate(800)}} for p, name in enumerate(("of-m", "of-n"))
+    ]
+    chooser = ClockChooser({"m": table(), "n": table()}, pools)
+    run(chooser, rows, queued=waiting(0, models=2))
+    clocks = run(chooser, rows, 1, waiting(5.0 * full_rate(1200), models=2, model=1)).sm_clock_mhz
+    assert clocks[0] == 800
+    assert clocks[1] > 800
+
+
+def test_a_class_that_waits_and_was_never_given_to_anybody_raises_nothing():
+    chooser = ClockChooser({"m": table()}, one_pool())
+    row = {"id": "a", "tp": 8, "rate": {LL: 0.5 * full_rate(800)}}
+    run(chooser, [row])
+    choice = run(chooser, [row], 1, waiting(1000, RequestClass.SS))
+    assert choice.sm_clock_mhz.tolist() == [800]
+    assert np.isfinite(choice.pool_load).all()
 
 
 def test_slo_misses_lower_the_capacity_believed_and_spare_slack_raises_it():
@@ -100,10 +186,10 @@ def test_what_is_remembered_follows_instances_that_come_and_go():
     chooser = ClockChooser({"m": table()}, one_pool())
     a = {"id": "a", "tp": 8, "rate": {LL: full_rate(1980)}, "slack": -1.0}
     run(chooser, [a])
-    choice = chooser.choose(5.0, views([{"id": "b", "tp": 8}, a]))
+    choice = chooser.choose(5.0, views([{"id": "b", "tp": 8}, a]), NOBODY)
     assert choice.missed[0] == 0.0
     assert choice.missed[1] > 0.8
-    assert len(chooser.choose(5.0, views([])).sm_clock_mhz) == 0
+    assert len(chooser.choose(5.0, views([]), NOBODY).sm_clock_mhz) == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,5 +234,5 @@ def test_who_may_not_turn_clocks_learns_from_misses_all_the_same():
     assert choice.pool_load[0] == pytest.approx(0.7 / 0.6, rel=0.02)
     row["slack"] = 0.6
     for _ in range(2000):
-        choice = chooser.choose(5.0, views([row]))
+        choice = chooser.choose(5.0, views([row]), NOBODY)
     assert choice.capacity_factor[0] == pytest.approx(1.0)
