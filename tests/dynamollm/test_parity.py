@@ -23,7 +23,7 @@ from simulator.virtual_loop import run
 from simulator.workload.arrivals import Arrivals, Workload
 from solver.control import Action, Effects, ScaleOut
 
-RATES_RPS = [2.0] * 50 + [6.0] * 50 + [1.5] * 50  # quiet, a surge that wants more instances, quiet again
+RATES_RPS = [1.0] * 50 + [7.0] * 50 + [1.5] * 50  # quiet, a surge that wants more instances, quiet again
 DURATION_S = float(len(RATES_RPS))
 
 
