@@ -43,6 +43,7 @@ class ClockSettings:
     broken: float = 0.7  # above which it goes to the top
     late_memory_s: float = 60.0  # time constant of the share of late requests
     late_share: float = 0.006  # of a pool's requests, above which its capacity is taken to be lower
+    most_late_share: float = 0.03  # of one look's requests: a moment in which all come late tells no more than that
     spare_share: float = 0.003  # below which it is taken to be higher
     learn_up: float = 0.002  # of the capacity factor, each tick: latency has a cliff, capacity comes in minutes
     learn_down: float = 0.04  # for each time that the share is beyond ``late_share``, at most twice
@@ -99,7 +100,7 @@ class ClockChooser:
             if len(mine):
                 seen = mine[~np.isnan(instances.slo_slack[mine])]
                 given = float(instances.class_rate_rps[seen].sum()) * window_s
-                self._learn(p, window_s, given, int(np.count_nonzero(instances.slo_slack[seen] < 0.0)))
+                self._learn(p, window_s, given, float(instances.late_rps[seen].sum()) * window_s)
                 clock[mine], pool_load[p] = self._of_pool(arrays, mine, instances, rate / self._factor[p])
                 self._stressed[p] = pool_load[p] > 0.7 * self._settings.target
             elif rate.any():
@@ -118,14 +119,14 @@ class ClockChooser:
             rates[members] = share * queued[9 * m : 9 * (m + 1)] / window_s
         return rates
 
-    def _learn(self, pool: int, window_s: float, requests: float, late: int) -> None:
-        """Correct a pool's capacity by the share of late requests; ``late`` counts instances that had one."""
+    def _learn(self, pool: int, window_s: float, requests: float, late: float) -> None:
+        """Correct a pool's capacity by the share of late requests."""
         settings = self._settings
         if requests == 0.0:
             return
         keep = float(np.exp(-window_s / settings.late_memory_s))
         self._requests[pool] = self._requests[pool] * keep + requests
-        self._late[pool] = self._late[pool] * keep + late
+        self._late[pool] = self._late[pool] * keep + min(late, settings.most_late_share * requests)
         share = self._late[pool] / max(self._requests[pool], 1.0)
         if share > settings.late_share:
             self._factor[pool] *= 1.0 - settings.learn_down * min(share / settings.late_share - 1.0, 2.0)

@@ -155,12 +155,35 @@ def test_a_class_that_waits_and_was_never_given_to_anybody_raises_nothing():
 def test_slo_misses_lower_the_capacity_believed_and_spare_slack_raises_it():
     rate = {LL: 0.7 * full_rate(1200)}
     missing, sparing = (ClockChooser({"m": table()}, one_pool()) for _ in range(2))
-    bad = run(missing, [{"id": "a", "tp": 8, "clock": 1200, "rate": rate, "slack": -0.2}])
+    bad = run(missing, [{"id": "a", "tp": 8, "clock": 1200, "rate": rate, "slack": -0.2, "late": 0.2}])
     good = run(sparing, [{"id": "a", "tp": 8, "clock": 1200, "rate": rate, "slack": 0.6}])
     assert bad.capacity_factor[0] == pytest.approx(0.7)
     assert bad.sm_clock_mhz.tolist() == [1980]
     assert good.capacity_factor[0] > 1.0
     assert good.sm_clock_mhz[0] <= 1200
+
+
+def test_late_requests_are_counted_however_many_come_between_two_looks():
+    """An instance that serves hundreds between two looks has a late one in most of them."""
+    rate = 0.7 * full_rate(1200)
+    few, many = ({"id": "a", "tp": 8, "clock": 1200, "rate": {LL: rate}, "slack": -0.1} for _ in range(2))
+    few["late"], many["late"] = 0.004 * rate, 0.02 * rate
+    chosen = [ClockChooser({"m": table()}, one_pool()) for _ in range(2)]
+    for _ in range(200):
+        kept, lowered = (c.choose(300.0, views([row]), NOBODY) for c, row in zip(chosen, (few, many), strict=True))
+    assert kept.capacity_factor[0] >= 1.0
+    assert lowered.capacity_factor[0] == pytest.approx(0.7)
+
+
+def test_a_moment_in_which_all_come_late_is_soon_forgotten():
+    row = {"id": "a", "tp": 8, "clock": 1200, "rate": {LL: 0.7 * full_rate(1200)}, "slack": 0.4}
+    chooser = ClockChooser({"m": table()}, one_pool())
+    before = run(chooser, [row])
+    row |= {"slack": -2.0, "late": 0.7 * full_rate(1200)}
+    run(chooser, [row], ticks=1)
+    row |= {"slack": 0.4, "late": 0.0}
+    after = run(chooser, [row], ticks=24)
+    assert after.capacity_factor[0] > 0.9 * before.capacity_factor[0]
 
 
 def test_one_late_request_does_not_send_the_clock_to_the_top():
@@ -227,12 +250,12 @@ def test_traffic_that_has_long_ended_counts_as_none():
 
 def test_who_may_not_turn_clocks_learns_from_misses_all_the_same():
     chooser = ClockChooser({"m": table()}, one_pool(), ClockSettings(factor_limits=(0.6, 1.0)), (1980,))
-    row = {"id": "a", "tp": 8, "clock": 1980, "rate": {LL: 0.7 * full_rate(1980)}, "slack": -0.2}
+    row = {"id": "a", "tp": 8, "clock": 1980, "rate": {LL: 0.7 * full_rate(1980)}, "slack": -0.2, "late": 0.1}
     choice = run(chooser, [row])
     assert choice.sm_clock_mhz.tolist() == [1980]
     assert choice.capacity_factor[0] == pytest.approx(0.6)
     assert choice.pool_load[0] == pytest.approx(0.7 / 0.6, rel=0.02)
-    row["slack"] = 0.6
+    row |= {"slack": 0.6, "late": 0.0}
     for _ in range(2000):
         choice = chooser.choose(5.0, views([row]), NOBODY)
     assert choice.capacity_factor[0] == pytest.approx(1.0)
