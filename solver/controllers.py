@@ -26,6 +26,7 @@ from solver.clocks import ClockChooser, ClockSettings
 from solver.control import (
     STATE_CODE,
     Action,
+    BoolArray,
     ClusterState,
     Demand,
     Diagnostic,
@@ -126,6 +127,7 @@ class PlanningController:
         self._settled = False
         self._routed: tuple[int, int] | None = None
         self._planned_for: Forecast | None = None
+        self._planned_nodes: BoolArray = np.zeros(0, dtype=np.bool_)  # those that were usable then
         self._planned_at_s = float("-inf")
         self._recent_rps = np.zeros(CLASSES * len(tables))
         self._seen_s = 0.0  # of traffic, from the first request on
@@ -255,7 +257,7 @@ class PlanningController:
         periods = self.policy.periods
         if self.policy.joint:
             forecast = self._forecast(observation, periods.joint_s)
-            if self._stays(forecast, observation.now_s):
+            if self._stays(forecast, observation.cluster, observation.now_s):
                 return [_note("plan", "the forecast has hardly moved: the plan stays", self._rates(forecast))]
             return [self._solve(forecast, observation, periods.joint_s)]
         notes = []
@@ -297,10 +299,12 @@ class PlanningController:
             forecast = Forecast(surge, np.maximum(surge * 1.1, forecast.reserve_rps))
         return replace(forecast, reserve_rps=forecast.reserve_rps + queued)
 
-    def _stays(self, forecast: Forecast, now_s: float) -> bool:
+    def _stays(self, forecast: Forecast, cluster: ClusterState, now_s: float) -> bool:
         """Whether the last plan is still good: little has changed since, and what was ordered is done."""
         before = self._planned_for
         if before is None or self.plan is None or not self._settled:
+            return False
+        if not np.array_equal(cluster.node_usable, self._planned_nodes):
             return False
         moved = (
             np.abs(forecast.mean_rps - before.mean_rps).sum() + np.abs(forecast.reserve_rps - before.reserve_rps).sum()
@@ -323,6 +327,7 @@ class PlanningController:
         self._version += 1
         self.plan = self._planner.as_plan(planned, self._epoch, self._version, observation.now_s, horizon_s)
         self._planned_for, self._planned_at_s = forecast, observation.now_s
+        self._planned_nodes = observation.cluster.node_usable
         self._settled = False
         return _note("plan", planned.why, numbers)
 
