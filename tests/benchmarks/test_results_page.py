@@ -96,7 +96,7 @@ def test_the_page_sets_ours_beside_the_paper_s(tmp_path):
     write_page(tmp_path / "results", page, ("conv-1h", "code-day"), ("llama-2-70b-h100",))
     text = page.read_text()
     assert "1 h Conversation" in text
-    assert "24 h" not in text  # nothing has been run
+    assert "## 24 h" not in text  # nothing has been run
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     ours = text[text.index("| dynamollm |") :].splitlines()[0].split("|")
     assert ours[2].strip() == "10.00"
