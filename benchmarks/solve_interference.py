@@ -4,9 +4,11 @@
 
 The real gateway (`dynamollm serve`, nine pools, 32 instances, engines that answer at once) is asked in windows, in turn
 alone and while plans for 1,000 GPUs are solved in the product's own ``ControllerProcess``, begun as `dynamollm serve`
-begins it: a child of the gateway's session, stepped back. Without ``--every`` one solve follows the other, so every
-request of a window meets one; with it a plan is solved so often, and a window lasts as long: 120 s is the product's
-pace. ``--core`` holds the solver on the gateway's core or on that of engines and load generator: who pays, and where.
+begins it: a child of the gateway's session, stepped back. Engines and load generator are of that session too: they
+stand for machines that a solve cannot slow, and between sessions the kernel would have it share a core with them.
+Without ``--every`` one solve follows the other, so every request of a window meets one; with it a plan is solved so
+often, and a window lasts as long: 120 s is the product's pace. ``--core`` holds the solver on the gateway's core or on
+that of engines and load generator: who pays, and where.
 Alternating windows meet the same machine, so each pair gives a ratio of their P99s; what counts is the median of them.
 """
 
@@ -104,7 +106,7 @@ async def solving(process: ControllerProcess, every_s: float) -> AsyncIterator[S
 
 def p99_ms(load: Path, gateway: Running, window: Scenario) -> float:
     """Of one window. Raises ``RuntimeError`` if a request failed."""
-    told = json.loads(measure(load, gateway.port, window.arguments(1.0)))
+    told = json.loads(measure(load, gateway.port, window.arguments(1.0), own_session=False))
     if told["good"] != told["requests"]:
         raise RuntimeError(f"{told['requests'] - told['good']} of {told['requests']} requests failed")
     return float(told["latency_us"]["p99"]) / 1000.0
@@ -162,7 +164,7 @@ def main(rounds: int, gpus: int, every_s: float, core: str, store: bool) -> None
     with (
         tempfile.TemporaryDirectory() as folder,
         built(Path(folder)) as (engine, load),
-        engines(engine, ENGINE_PORTS),
+        engines(engine, ENGINE_PORTS, own_session=False),
         gateways(["dynamollm"], FIRST_PORT, ENGINE_PORTS, own_session=False) as running,
     ):
         found = asyncio.run(measured(load, running[0], rounds, make, every_s))

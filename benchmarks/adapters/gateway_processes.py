@@ -82,11 +82,11 @@ def built(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 @contextmanager
-def engines(program: Path, ports: Sequence[int]) -> Iterator[None]:
-    """Mock engines on these ports."""
+def engines(program: Path, ports: Sequence[int], own_session: bool = True) -> Iterator[None]:
+    """Mock engines on these ports; ``own_session`` as of ``gateways``."""
     with ExitStack() as stack:
         for port in ports:
-            stack.enter_context(_process(_pinned(CLIENT_CORE, [str(program), str(port)]), "engine"))
+            stack.enter_context(_process(_pinned(CLIENT_CORE, [str(program), str(port)]), "engine", own_session))
             _wait_for_port(port)
         yield
 
@@ -119,10 +119,10 @@ def gateways(
         yield running
 
 
-def measure(program: Path, port: int, arguments: Sequence[int]) -> str:
+def measure(program: Path, port: int, arguments: Sequence[int], own_session: bool = True) -> str:
     """One run of the load generator; its line of JSON. Raises ``RuntimeError`` where it fails."""
     command = _pinned(CLIENT_CORE, [str(program), str(port), *map(str, arguments), f"Authorization: Bearer {KEY}"])
-    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=own_session)
     if done.returncode:
         raise RuntimeError(f"load generator against port {port}: {done.stderr.strip()}")
     return done.stdout

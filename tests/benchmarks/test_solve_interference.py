@@ -102,9 +102,9 @@ def test_a_process_shares_the_callers_session_where_it_is_told_to(own):
 
 
 def test_a_window_with_failed_requests_is_no_measurement(monkeypatch):
-    monkeypatch.setattr("benchmarks.solve_interference.measure", lambda *_: '{"good": 3999, "requests": 4000}')
+    monkeypatch.setattr("benchmarks.solve_interference.measure", lambda *_, **__: '{"good": 3999, "requests": 4000}')
     with pytest.raises(RuntimeError, match="1 of 4000 requests failed"):
         p99_ms(None, type("Gateway", (), {"port": 1}), WINDOW)
     told = '{"good": 4000, "requests": 4000, "latency_us": {"p99": 2830}}'
-    monkeypatch.setattr("benchmarks.solve_interference.measure", lambda *_: told)
+    monkeypatch.setattr("benchmarks.solve_interference.measure", lambda *_, **__: told)
     assert p99_ms(None, type("Gateway", (), {"port": 1}), WINDOW) == 2.83
