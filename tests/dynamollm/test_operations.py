@@ -101,6 +101,13 @@ def scale_out(world: World, instance_id: str = "new-1", **changes: object) -> Sc
     return dataclasses.replace(order, **changes)
 
 
+def halved(world: World) -> Reshard:
+    """The order to make two TP4 of the TP8 there is, on its GPUs."""
+    node, end_s = world.deployment.instances["ll-1"].gpus[0].node, world.loop.time() + 300
+    create = tuple(scale_out(world, f"small-{k}", pool="LL", tp=4, node=node, deadline_s=end_s) for k in range(2))
+    return Reshard(deadline_s=end_s, retire=("ll-1",), create=create)
+
+
 def test_scaling_out_starts_the_instance_where_it_was_told_to():
     async def scenario(world: World) -> None:
         node = free_node(world)
@@ -213,13 +220,8 @@ def test_a_clock_already_set_is_not_written_again():
 
 def test_a_reshard_on_full_gpus_drains_first_and_then_starts():
     async def scenario(world: World) -> None:
-        old = world.deployment.instances["ll-1"]
-        end = world.loop.time() + 300
-        create = tuple(
-            scale_out(world, f"small-{k}", pool="LL", tp=4, node=old.gpus[0].node, deadline_s=end) for k in range(2)
-        )
         world.router.held["ll-1"] = 2
-        world.operations.apply([Reshard(deadline_s=end, retire=("ll-1",), create=create)])
+        world.operations.apply([halved(world)])
         await asyncio.sleep(20)
         assert world.state("ll-1") is InstanceState.DRAINING
         assert world.state("small-0") is None
@@ -251,14 +253,9 @@ class Routed(World):
 
 def test_requests_wait_while_the_only_instance_drains_for_those_that_replace_it():
     async def scenario(world: World) -> None:
-        old = world.deployment.instances["ll-1"]
-        end = world.loop.time() + 300
-        create = tuple(
-            scale_out(world, f"small-{k}", pool="LL", tp=4, node=old.gpus[0].node, deadline_s=end) for k in range(2)
-        )
         first = world.ask()
         assert first == Assigned("ll-1", "LL")
-        world.operations.apply([Reshard(deadline_s=end, retire=("ll-1",), create=create)])
+        world.operations.apply([halved(world)])
         await asyncio.sleep(5)
         assert world.state("ll-1") is InstanceState.DRAINING
         assert [world.ask(), world.ask()] == [Queued(1), Queued(2)]
