@@ -84,7 +84,8 @@ class Observer:
     def on_share(self, instance_id: str, share: float, late: int) -> None:
         """Take in what share of its SLO was used on an instance, and how many more requests are late there."""
         self._worst[instance_id] = max(share, self._worst.get(instance_id, 0.0))
-        self._late[instance_id] += late
+        if late:
+            self._late[instance_id] += late
 
     def observe(self, now_s: float) -> Observation:
         """Everything since the last look."""

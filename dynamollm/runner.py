@@ -154,9 +154,7 @@ class Runner:
             self._tasks.create_task(self._let_go(event.instance_id))
 
     async def _let_go(self, instance_id: str) -> None:
-        while True:
-            if self.in_flight(instance_id) == 0:
-                break
+        while self.in_flight(instance_id):  # noqa: ASYNC110 - the router tells nobody when it has ended
             await asyncio.sleep(DRAIN_POLL_S)
         await self._driver.stop(instance_id, grace_s=0.0)
 

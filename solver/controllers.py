@@ -398,10 +398,9 @@ class PlanningController:
                         why=why,
                     )
                 )
-            over = (choice.pool_load > 1.0) & np.isfinite(
-                choice.pool_load
-            )  # inf: what is remembered of a pool now empty
-            full = {self._pools[p].name: float(choice.pool_load[p]) for p in np.flatnonzero(over)}
+            load = choice.pool_load
+            over = (load > 1.0) & np.isfinite(load)  # inf: what is remembered of a pool now empty
+            full = {self._pools[p].name: float(load[p]) for p in np.flatnonzero(over)}
             if full:
                 notes.append(_note("clock", "pools given more than they carry at the clocks chosen", full))
         top = np.array([self._top_mhz[pool.model] for pool in self._pools])[views.pool]
